@@ -1,0 +1,1 @@
+"""Training system of DeepSeek-V3 in JAX."""
