@@ -1,0 +1,44 @@
+"""One decoder layer, and the layer protocol: `layer(params, x, ctx) -> (x, aux, stats)`.
+
+`aux` is the layer's balance loss (its cotangent is a constant), `stats` its expert loads (no gradient). A dense layer
+returns zero and an empty load. The pipeline, rematerialisation, checkpoints and the planner all work on this unit.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.attention import LatentAttention
+from deepseek_jax.model.context import LayerContext
+from deepseek_jax.model.layers import RMSNorm, SwiGLU, at_least_float32
+from deepseek_jax.model.moe import MoE, MoEOutput
+
+
+class Block(nnx.Module):
+    """Pre-norm attention, then a pre-norm feed-forward network: dense SwiGLU, or DeepSeekMoE."""
+
+    def __init__(self, config: ModelConfig, *, dense: bool = False):
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = LatentAttention(config)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if dense:
+            self.ffn = SwiGLU(config.hidden_size, config.dense_ffn_size, init_std=config.init_std)
+        else:
+            self.ffn = MoE(config)
+
+    def __call__(self, x: jax.Array, ctx: LayerContext) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x `[B, S, D]` -> (x, balance loss scalar, load int32 `[E]` or `[0]`)."""
+        with jax.named_scope("attention"):
+            x = x + self.attention(self.attention_norm(x), ctx)
+        with jax.named_scope("ffn"):
+            return self.feed_forward(x, ctx)
+
+    def feed_forward(self, x: jax.Array, ctx: LayerContext) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The second half of the layer, shared by training and decoding."""
+        y = self.ffn(self.ffn_norm(x), ctx) if isinstance(self.ffn, MoE) else self.ffn(self.ffn_norm(x))
+        if isinstance(y, MoEOutput):
+            return x + y.y, y.balance_loss, y.load
+        return x + y, jnp.zeros((), at_least_float32(x.dtype)), jnp.zeros((0,), jnp.int32)

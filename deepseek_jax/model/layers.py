@@ -1,0 +1,65 @@
+"""The plain layers: linear, RMSNorm, embedding, SwiGLU. B batch, S sequence, D model, F hidden, V vocabulary."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax.model.parameters import parameter
+
+
+def at_least_float32(dtype) -> jnp.dtype:
+    """float32, or the dtype itself where it is wider, so that parity tests can run in float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+class Linear(nnx.Module):
+    """A matrix without bias, `[..., in] -> [..., out]`; `weight` is `[in, out]`."""
+
+    def __init__(self, in_size: int, out_size: int, axes: tuple[str | None, str | None], *, init_std: float):
+        self.weight = parameter((in_size, out_size), axes, init_std=init_std)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ self.weight[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last dimension, computed in float32 or wider, returned in x's dtype."""
+
+    def __init__(self, size: int, eps: float):
+        self.eps = eps
+        self.scale = parameter((size,), (None,), initializer="ones", full_precision=True)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(at_least_float32(x.dtype))
+        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        return (wide * jax.lax.rsqrt(mean_square + self.eps) * self.scale[...]).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """Token embedding; `weight` is `[V, D]`."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, init_std: float):
+        self.weight = parameter((vocab_size, hidden_size), ("vocab", "embed"), init_std=init_std)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """`[...]` int32 -> `[..., D]`."""
+        return jnp.take(self.weight[...], tokens, axis=0, mode="clip")
+
+
+def swiglu(gate_up: jax.Array) -> jax.Array:
+    """`silu(gate) * up` of `[..., 2F]`, whose first half is the gate."""
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
+class SwiGLU(nnx.Module):
+    """The dense feed-forward network: `down(silu(gate(x)) * up(x))`; gate and up are one matrix `[D, 2F]`."""
+
+    def __init__(self, hidden_size: int, ffn_size: int, *, init_std: float):
+        self.gate_up = Linear(hidden_size, 2 * ffn_size, ("embed", "ffn"), init_std=init_std)
+        self.down = Linear(ffn_size, hidden_size, ("ffn", "embed"), init_std=init_std)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(swiglu(self.gate_up(x)))

@@ -1,0 +1,106 @@
+"""DeepSeekMoE: shared experts that see every token and routed experts that see the tokens that chose them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax import ops
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.context import LayerContext
+from deepseek_jax.model.layers import SwiGLU, at_least_float32, swiglu
+from deepseek_jax.model.parameters import RouterBias, parameter
+from deepseek_jax.model.router import (
+    Routing,
+    combine_weights,
+    expert_load,
+    router_scores,
+    select_experts,
+    sequence_balance_loss,
+)
+
+
+class MoEOutput(NamedTuple):
+    """What an MoE layer returns."""
+
+    y: jax.Array
+    """`[B, S, D]`."""
+    balance_loss: jax.Array
+    """Scalar: Σ over sequences of Σ_i f_i P_i, without alpha."""
+    load: jax.Array
+    """int32 `[E]`: valid (token, choice) pairs per expert."""
+
+
+class Router(nnx.Module):
+    """Scores every expert for every token, in float32 or wider; `weight` is `[D, E]`, `bias` is `[E]`."""
+
+    def __init__(self, config: ModelConfig):
+        self.config = config.moe
+        experts = config.moe.num_experts
+        self.weight = parameter(
+            (config.hidden_size, experts), ("embed", None), init_std=config.init_std, full_precision=True
+        )
+        bias = parameter((experts,), (None,), kind=RouterBias, initializer="zeros", full_precision=True)
+        self.bias = bias if config.moe.use_bias else None
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, Routing]:
+        """x `[T, D]` -> affinities `[T, E]` and the routing."""
+        wide = at_least_float32(x.dtype)
+        scores = router_scores(x.astype(wide) @ self.weight[...].astype(wide), self.config)
+        experts = select_experts(scores, None if self.bias is None else self.bias[...], self.config)
+        return scores, Routing(experts, combine_weights(scores, experts, self.config))
+
+
+class RoutedExperts(nnx.Module):
+    """E SwiGLU networks over rows grouped by expert; `gate_up` is `[E, D, 2F]`, `down` is `[E, F, D]`."""
+
+    def __init__(self, config: ModelConfig):
+        moe = config.moe
+        shape = (moe.num_experts, config.hidden_size, 2 * moe.expert_ffn_size)
+        self.gate_up = parameter(shape, ("expert", "embed", "expert_ffn"), init_std=config.init_std)
+        shape = (moe.num_experts, moe.expert_ffn_size, config.hidden_size)
+        self.down = parameter(shape, ("expert", "expert_ffn", "embed"), init_std=config.init_std)
+
+    def __call__(self, rows: jax.Array, group_sizes: jax.Array, alignment: int) -> jax.Array:
+        """rows `[M, D]` in groups of `group_sizes` `[E]`, each starting at a multiple of `alignment`: `[M, D]`."""
+        gate_up = self.gate_up[...].astype(rows.dtype)
+        hidden = swiglu(ops.grouped_matmul(rows, gate_up, group_sizes, alignment=alignment))
+        return ops.grouped_matmul(hidden, self.down[...].astype(rows.dtype), group_sizes, alignment=alignment)
+
+
+class MoE(nnx.Module):
+    """`shared(x) + Σ_k weight_k expert_k(x)`."""
+
+    def __init__(self, config: ModelConfig):
+        moe = config.moe
+        self.router = Router(config)
+        self.experts = RoutedExperts(config)
+        shared_size = moe.num_shared_experts * moe.expert_ffn_size
+        self.shared = SwiGLU(config.hidden_size, shared_size, init_std=config.init_std) if shared_size else None
+
+    def __call__(self, x: jax.Array, ctx: LayerContext) -> MoEOutput:
+        """x `[B, S, D]`; every token is computed, none dropped."""
+        config = self.router.config
+        batch, length, width = x.shape
+        tokens = x.reshape(-1, width)
+        with jax.named_scope("router"):
+            scores, routing = self.router(tokens)
+            balance_loss = sequence_balance_loss(
+                scores.reshape(batch, length, -1),
+                routing.experts.reshape(batch, length, -1) if ctx.balance_from_routed else None,
+                config,
+                ctx.valid,
+            )
+            load = expert_load(routing.experts, config.num_experts, None if ctx.valid is None else ctx.valid.ravel())
+        with jax.named_scope("dispatch"):
+            rows, group_sizes, handle = ctx.dispatcher.dispatch(tokens, routing.experts)
+        with jax.named_scope("shared_experts"):
+            y = jnp.zeros_like(tokens) if self.shared is None else self.shared(tokens)
+        with jax.named_scope("routed_experts"):
+            outputs = self.experts(rows, group_sizes, ctx.dispatcher.alignment)
+        with jax.named_scope("combine"):
+            y = y + ctx.dispatcher.combine(outputs, routing.weights, handle)
+        return MoEOutput(y.reshape(x.shape), balance_loss, load)

@@ -1,0 +1,101 @@
+"""The model as the pure functions that a pipeline runs: embed, layers of each kind, finish.
+
+`parallel.pipeline` knows no model; this is what it is given. Parameters and router biases are nested dicts, layers
+of one kind stacked along the leading dimension.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deepseek_jax import ops
+from deepseek_jax.model.context import LayerContext
+from deepseek_jax.model.mtp import shift_left
+from deepseek_jax.model.targets import Microbatch, targets
+from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.parallel.dispatch import Dispatcher
+from deepseek_jax.parallel.pipeline.protocol import LossScales, StagedModel
+from deepseek_jax.tree import Tree
+
+
+def staged_model(
+    model: Transformer,
+    *,
+    compute_dtype=jnp.float32,
+    mask_documents: bool = False,
+    balance_from_routed: bool = False,
+    dispatcher: Dispatcher | None = None,
+) -> StagedModel:
+    """The model's functions for `pipeline()`.
+
+    Args:
+      model: abstract or bound; only its structure is used.
+      compute_dtype: dtype of activations and of the weights that are not kept in full precision.
+      mask_documents: attention and predictions stay within a packed document (SFT); pre-training crosses them.
+      balance_from_routed: see `LayerContext`.
+      dispatcher: how tokens reach experts; default: all experts are local.
+    """
+
+    def context(batch: Microbatch) -> LayerContext:
+        length = batch.tokens.shape[1] - 1
+        segments = batch.segment_ids[:, :length]
+        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), segments.shape)
+        return model.context(
+            batch.positions[:, :length] if mask_documents else positions,
+            segment_ids=segments if mask_documents else None,
+            valid=segments > 0,
+            dispatcher=dispatcher,
+            balance_from_routed=balance_from_routed,
+            dtype=compute_dtype,
+        )
+
+    def embed(params: Tree, batch: Microbatch) -> jax.Array:
+        return _bind(model.embedding, params["embedding"])(batch.tokens[:, :-1]).astype(compute_dtype)
+
+    def layer_function(stack: nnx.Module):
+        graphdef = nnx.graphdef(stack)
+
+        def layer(params: Tree, x: jax.Array, ctx: LayerContext):
+            return nnx.merge(graphdef, params)(x, ctx)
+
+        return layer
+
+    def finish(params: Tree, x: jax.Array, batch: Microbatch, ctx: LayerContext, scales: LossScales):
+        hidden = _bind(model.final_norm, params["final_norm"])(x)
+        head = (params["embedding"]["weight"].T if model.head is None else params["head"]["weight"]).astype(x.dtype)
+        main_sum = _loss_sum(hidden, head, batch, 0, mask_documents)
+        mtp_sum, aux, loads = jnp.zeros_like(main_sum), jnp.zeros_like(main_sum), []
+        for depth in range(1, model.config.mtp_depth + 1):
+            module = _bind(model.mtp, jax.tree.map(lambda leaf, d=depth: leaf[d - 1], params["mtp"]))
+            embedding = _bind(model.embedding, params["embedding"])(shift_left(batch.tokens[:, :-1], depth))
+            depth_ctx = dataclasses.replace(ctx, valid=shift_left(ctx.valid, depth, False))
+            hidden, balance_loss, load = module(hidden, embedding.astype(x.dtype), depth_ctx)
+            mtp_sum += _loss_sum(hidden, head, batch, depth, mask_documents)
+            aux += balance_loss
+            loads.append(load)
+        loss = scales.main * main_sum + scales.mtp * mtp_sum
+        sums = {"loss_main": main_sum, "loss_mtp": mtp_sum}
+        return loss, sums, aux, {"mtp": jnp.stack(loads)} if loads else {}
+
+    layers = {kind: getattr(model, kind) for kind in ("dense", "moe")}
+    return StagedModel(
+        context=context,
+        embed=embed,
+        layers={kind: layer_function(stack) for kind, stack in layers.items() if stack is not None},
+        finish=finish,
+    )
+
+
+def _bind(module: nnx.Module, params: Tree) -> nnx.Module:
+    return nnx.merge(nnx.graphdef(module), params)
+
+
+def _loss_sum(hidden: jax.Array, head: jax.Array, batch: Microbatch, depth: int, within_documents: bool) -> jax.Array:
+    """Sum of the cross entropies (nats) over the positions whose prediction counts."""
+    labels, weights = targets(batch, depth, within_documents=within_documents)
+    nll = ops.cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head, labels.reshape(-1))
+    return jnp.sum(nll * weights.reshape(-1).astype(nll.dtype))

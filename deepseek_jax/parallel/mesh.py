@@ -1,0 +1,77 @@
+"""The device mesh: always four named axes, each of size 1 where a run does not use it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from deepseek_jax.config import ConfigError, require
+
+AXES = ("pipe", "data", "node", "expert")
+"""Pipeline stages; data replicas; nodes and devices within a node. Expert parallelism is over (node, expert)."""
+
+BATCH_AXES = ("data", "node", "expert")
+"""The axes that the rows of a batch are split over."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How a run is laid out over devices."""
+
+    pipe: int = 1
+    data: int = 1
+    node: int = 1
+    expert: int = 1
+    microbatch_rows: int | None = None
+    """Rows (sequences) of a microbatch on one device; None takes a device's whole share at once."""
+    recompute: bool = False
+    """Keep only each layer's input for the backward pass: less memory, a third more compute."""
+
+    def __post_init__(self):
+        for name in AXES:
+            require(getattr(self, name) >= 1, f"parallel.{name} must be at least 1, not {getattr(self, name)}")
+        require(
+            self.microbatch_rows is None or self.microbatch_rows >= 1,
+            f"parallel.microbatch_rows must be at least 1, not {self.microbatch_rows}",
+        )
+        for name in ("pipe", "node", "expert"):
+            require(
+                getattr(self, name) == 1,
+                f"parallel.{name}={getattr(self, name)} is not available yet: set it to 1 (parallel.data can be more)",
+            )
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Sizes of the axes, in the order of `AXES`."""
+        return self.pipe, self.data, self.node, self.expert
+
+    @property
+    def batch_shards(self) -> int:
+        """How many devices share the rows of a batch."""
+        return self.data * self.node * self.expert
+
+
+def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over `devices` (default: all).
+
+    Raises:
+      ConfigError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    if math.prod(config.shape) != len(devices):
+        layout = " x ".join(f"{name} {size}" for name, size in zip(AXES, config.shape, strict=True))
+        raise ConfigError(
+            f"the mesh {layout} needs {math.prod(config.shape)} devices, there are {len(devices)}; "
+            f"change parallel.data, or simulate devices on CPU with --virtual_devices"
+        )
+    return mesh_of(np.asarray(devices).reshape(config.shape))
+
+
+def mesh_of(devices: np.ndarray) -> Mesh:
+    """A mesh of the four axes over an array of devices `[pipe, data, node, expert]`."""
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))

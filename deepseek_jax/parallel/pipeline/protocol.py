@@ -1,0 +1,40 @@
+"""What a model offers to be run by a pipeline: five pure functions, in one file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from deepseek_jax.tree import Tree
+
+
+class LossScales(NamedTuple):
+    """What each sum is multiplied by in the loss, so that it is a mean over the whole global batch."""
+
+    main: jax.Array
+    """1 / number of labels in the global batch."""
+    mtp: jax.Array
+    """λ / depth / number of labels of the main model (equation 24 divides every depth by the same T)."""
+    balance: jax.Array
+    """alpha / number of sequences."""
+
+
+LayerFunction = Callable[[Tree, Any, Any], tuple[Any, jax.Array, Any]]
+"""`layer(params, x, ctx) -> (x, aux, stats)`: aux is the unscaled balance loss, stats the expert loads."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StagedModel:
+    """A model cut where a pipeline may cut it. Parameters are one nested dict; `params[kind]` is a stack of layers."""
+
+    context: Callable[[Any], Any]
+    """`context(microbatch) -> ctx`, the same for every layer."""
+    embed: Callable[[Tree, Any], Any]
+    """`embed(params, microbatch) -> x`, what the first layer reads."""
+    layers: Mapping[str, LayerFunction]
+    """One function per kind of layer, in the order in which the kinds follow each other."""
+    finish: Callable[[Tree, Any, Any, Any, LossScales], tuple[jax.Array, dict, jax.Array, dict]]
+    """`finish(params, x, microbatch, ctx, scales) -> (loss, sums, aux, stats)`: final norm, MTP, losses."""

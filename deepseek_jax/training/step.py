@@ -1,0 +1,259 @@
+"""The train step: one jitted function around one `shard_map` over all mesh axes.
+
+Forward and backward by the pipeline, gradients summed over data ranks, clipped, AdamW, the router bias moved by the
+load of the whole global batch. Every collective of a step is in this file or in `parallel/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from deepseek_jax.compat import to_varying
+from deepseek_jax.model.parameters import RouterBias, parameter_specs
+from deepseek_jax.model.staged import staged_model
+from deepseek_jax.model.targets import Microbatch, targets
+from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.parallel.mesh import AXES, BATCH_AXES
+from deepseek_jax.parallel.pipeline import LossScales, Schedule, pipeline
+from deepseek_jax.parallel.pipeline.executor import Outputs
+from deepseek_jax.parallel.placement import KINDS, ParameterLayout, Placement
+from deepseek_jax.parallel.sharding import BATCH_SPEC, mesh_axes_of, sum_over
+from deepseek_jax.training.balance import max_violation, update_bias
+from deepseek_jax.tree import Tree, flatten, map_leaves, unflatten
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step changes. Parameters are float32 masters; stacked kinds are `[stage, slot, ...]`."""
+
+    params: Tree
+    router_bias: Tree
+    """float32 `[stage, slot, E]` under the same names as the routers; not the optimizer's."""
+    opt_state: Any
+    step: jax.Array
+    """int32: optimizer steps taken."""
+
+
+class Hyperparameters(NamedTuple):
+    """The schedules' values for one step, float32 scalars."""
+
+    learning_rate: jax.Array
+    mtp_weight: jax.Array
+    bias_rate: jax.Array
+
+
+class StepMetrics(NamedTuple):
+    """What a step reports; losses are means over the global batch, in nats."""
+
+    loss: jax.Array
+    loss_main: jax.Array
+    loss_mtp: jax.Array
+    """Mean over depths, without λ."""
+    loss_balance: jax.Array
+    """Mean over sequences of Σ f_i P_i over layers, without α."""
+    grad_norm: jax.Array
+    load: jax.Array
+    """int32 `[MoE layers and MTP modules, E]`."""
+    max_vio: jax.Array
+    """float32, one per row of `load`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """The choices that shape the compiled step."""
+
+    microbatch_rows: int | None = None
+    recompute: bool = False
+    compute_dtype: Any = jnp.float32
+    mask_documents: bool = False
+    balance_weight: float = 1e-4
+    balance_from_routed: bool = False
+    clip_norm: float = 1.0
+
+
+class Trainer:
+    """Binds a model to a mesh and an optimizer: makes the state, steps it, evaluates it."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        placement: Placement,
+        mesh: Mesh,
+        optimizer: Callable[[Tree], optax.GradientTransformation],
+        config: StepConfig,
+    ):
+        self.model, self.mesh, self.config = model, mesh, config
+        self.params_layout = ParameterLayout(parameter_specs(model), placement, mesh)
+        self.bias_layout = ParameterLayout(parameter_specs(model, RouterBias), placement, mesh)
+        self.optimizer = optimizer(self.params_layout.specs)
+        self.staged = staged_model(
+            model,
+            compute_dtype=config.compute_dtype,
+            mask_documents=config.mask_documents,
+            balance_from_routed=config.balance_from_routed,
+        )
+        self._step = jax.jit(self._sharded_step, donate_argnums=0)
+        self._evaluate = jax.jit(self._sharded_evaluate)
+
+    # --- state ---
+
+    def initial_state(self, seed: int) -> TrainState:
+        """Weights drawn from `seed`, zero moments and biases, step 0."""
+        return self.fresh_state(self.params_layout.initial(seed), self.bias_layout.initial(seed))
+
+    def fresh_state(self, params: Tree, router_bias: Tree) -> TrainState:
+        """The state that starts a run from given weights."""
+        shardings = self.state_shardings()
+        opt_state = jax.jit(self.optimizer.init, out_shardings=shardings.opt_state)(params)
+        step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
+        return TrainState(params, router_bias, opt_state, step)
+
+    def state_specs(self) -> TrainState:
+        """A `PartitionSpec` for each array of the state."""
+        params = self.params_layout.partition()
+        opt_state = jax.eval_shape(self.optimizer.init, self.params_layout.abstract())
+        opt_specs = optax.tree.map_params(
+            self.optimizer, lambda _, spec: spec, opt_state, params, transform_non_params=lambda _: P()
+        )
+        return TrainState(params, self.bias_layout.partition(), opt_specs, P())
+
+    def state_shardings(self) -> TrainState:
+        """A `NamedSharding` for each array of the state."""
+        is_spec = lambda leaf: isinstance(leaf, P)  # noqa: E731
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.state_specs(), is_leaf=is_spec)
+
+    # --- running ---
+
+    def step(self, state: TrainState, batch: Microbatch, hyper: Hyperparameters) -> tuple[TrainState, StepMetrics]:
+        """One optimizer step over a global batch of rows `[rows, S + 1]`; `state` is donated."""
+        return self._step(state, batch, hyper)
+
+    def evaluate(self, state: TrainState, batch: Microbatch) -> tuple[jax.Array, jax.Array]:
+        """Sum of the main model's cross entropies (nats) over a batch, and the number of labels."""
+        return self._evaluate(state, batch)
+
+    def lower(self, state, batch, hyper):
+        """The step, lowered for abstract or real arguments, to compile or inspect."""
+        return self._step.lower(state, batch, hyper)
+
+    # --- per-device code ---
+
+    def _sharded_step(self, state, batch, hyper):
+        specs = self.state_specs()
+        return jax.shard_map(
+            self._device_step, mesh=self.mesh, in_specs=(specs, BATCH_SPEC, P()), out_specs=(specs, P())
+        )(state, batch, hyper)
+
+    def _sharded_evaluate(self, state, batch):
+        specs = self.state_specs()
+        return jax.shard_map(self._device_evaluate, mesh=self.mesh, in_specs=(specs, BATCH_SPEC), out_specs=(P(), P()))(
+            state, batch
+        )
+
+    def _device_step(self, state: TrainState, batch: Microbatch, hyper: Hyperparameters):
+        microbatches, run = self._microbatches(batch)
+        counts = self._counts(batch)
+        scales = LossScales(
+            main=1 / counts["labels"],
+            mtp=hyper.mtp_weight / max(self.model.config.mtp_depth, 1) / counts["labels"],
+            balance=self.config.balance_weight / counts["sequences"],
+        )
+        outputs, gradients = run.value_and_grad(*self._local_weights(state), microbatches, scales)
+        outputs = jax.tree.map(sum_over, outputs)
+        gradients = self._reduce(self._restack(gradients))
+        grad_norm = self._global_norm(gradients)
+        clip = jnp.minimum(1, self.config.clip_norm / grad_norm)
+        gradients = map_leaves(lambda g: g * clip, gradients)
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
+        learning_rate = hyper.learning_rate
+        params = map_leaves(lambda p, u: p - learning_rate.astype(p.dtype) * u, state.params, updates)
+        bias = self._update_bias(state.router_bias, outputs.loads, hyper.bias_rate)
+        metrics = self._metrics(outputs, counts, grad_norm)
+        return TrainState(params, bias, opt_state, state.step + 1), metrics
+
+    def _device_evaluate(self, state: TrainState, batch: Microbatch):
+        microbatches, run = self._microbatches(batch)
+        zero = jnp.zeros((), jnp.float32)
+        outputs = run.evaluate(*self._local_weights(state), microbatches, LossScales(zero, zero, zero))
+        return sum_over(outputs.sums["loss_main"]), self._counts(batch)["labels"]
+
+    def _microbatches(self, batch: Microbatch):
+        rows = batch.tokens.shape[0]
+        size = min(self.config.microbatch_rows or rows, rows)
+        if rows % size:
+            raise ValueError(f"{rows} rows per device do not split into microbatches of {size}; pad the batch first")
+        split = jax.tree.map(lambda leaf: leaf.reshape(rows // size, size, *leaf.shape[1:]), batch)
+        schedule = Schedule("one_rank", ranks=1, microbatches=rows // size)
+        return split, pipeline(self.staged, schedule, recompute=self.config.recompute)
+
+    def _counts(self, batch: Microbatch) -> dict[str, jax.Array]:
+        """Labels and non-empty sequences of the whole global batch, at least 1 each."""
+        labels = targets(batch, within_documents=self.config.mask_documents).weights.sum()
+        sequences = (batch.segment_ids > 0).any(axis=1).sum().astype(jnp.float32)
+        return {
+            "labels": jnp.maximum(sum_over(labels, BATCH_AXES), 1),
+            "sequences": jnp.maximum(sum_over(sequences, BATCH_AXES), 1),
+        }
+
+    def _local_weights(self, state: TrainState) -> tuple[Tree, Tree]:
+        """This device's weights in the compute dtype, varying over every axis, stacks as `[slot, ...]`."""
+
+        def local(kind, spec, value):
+            if not spec.full_precision and self.config.compute_dtype != jnp.float32:
+                value = value.astype(self.config.compute_dtype)
+            return to_varying(value[0] if kind else value, AXES)
+
+        def tree(specs, values):
+            return {
+                name: map_leaves(lambda s, v, n=name: local(n in KINDS, s, v), specs[name], values[name])
+                for name in values
+            }
+
+        return tree(self.params_layout.specs, state.params), tree(self.bias_layout.specs, state.router_bias)
+
+    def _restack(self, gradients: Tree) -> Tree:
+        return {k: map_leaves(lambda g: g[None], tree) if k in KINDS else tree for k, tree in gradients.items()}
+
+    def _reduce(self, gradients: Tree) -> Tree:
+        """Sums each gradient over the axes along which its parameter has copies."""
+
+        def reduce(spec: P, g: jax.Array) -> jax.Array:
+            return sum_over(g, tuple(axis for axis in AXES if axis not in mesh_axes_of(spec)))
+
+        return map_leaves(reduce, self.params_layout.partition(), gradients)
+
+    def _global_norm(self, gradients: Tree) -> jax.Array:
+        squares = [sum_over(jnp.sum(jnp.square(g))) for g in flatten(gradients).values()]
+        return jnp.sqrt(sum(squares))
+
+    def _update_bias(self, bias: Tree, loads: dict[str, jax.Array], rate: jax.Array) -> Tree:
+        """Moves every router's bias `[1, slot, E]` by its kind's loads `[slot, E]`."""
+
+        def moved(name: str, value: jax.Array) -> jax.Array:
+            return update_bias(value, loads[name.split(".")[0]][None], rate)
+
+        return unflatten({name: moved(name, value) for name, value in flatten(bias).items()})
+
+    def _metrics(self, outputs: Outputs, counts: dict[str, jax.Array], grad_norm: jax.Array) -> StepMetrics:
+        load = [outputs.loads[kind] for kind in KINDS if kind in outputs.loads]
+        experts = self.model.config.moe.num_experts
+        load = jnp.concatenate(load) if load else jnp.zeros((0, experts), jnp.int32)
+        depth = max(self.model.config.mtp_depth, 1)
+        return StepMetrics(
+            loss=outputs.loss,
+            loss_main=outputs.sums["loss_main"] / counts["labels"],
+            loss_mtp=outputs.sums["loss_mtp"] / depth / counts["labels"],
+            loss_balance=outputs.sums["loss_balance"] / counts["sequences"],
+            grad_norm=grad_norm,
+            load=load,
+            max_vio=max_violation(load),
+        )
