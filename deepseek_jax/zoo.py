@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from deepseek_jax.config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
 
 
@@ -19,9 +21,7 @@ def deepseek_v2_lite() -> ModelConfig:
         num_layers=27,
         num_dense_layers=1,
         dense_ffn_size=10_944,
-        attention=AttentionConfig(
-            num_heads=16, q_lora_rank=None, yarn=YarnConfig(mscale=0.707, mscale_all_dim=0.707)
-        ),
+        attention=AttentionConfig(num_heads=16, q_lora_rank=None, yarn=YarnConfig(mscale=0.707, mscale_all_dim=0.707)),
         moe=MoEConfig(
             num_experts=64,
             num_shared_experts=2,
@@ -68,4 +68,17 @@ def bench() -> ModelConfig:
         ),
         moe=MoEConfig(num_experts=32, experts_per_token=4, expert_ffn_size=128, num_groups=4, groups_per_token=2),
         mtp_depth=0,
+    )
+
+
+def small() -> ModelConfig:
+    """The model of `small.pretrain`: about an hour of training on two CPU cores."""
+    base = tiny()
+    return dataclasses.replace(
+        base,
+        hidden_size=256,
+        num_layers=5,
+        dense_ffn_size=768,
+        attention=dataclasses.replace(base.attention, num_heads=8),
+        moe=dataclasses.replace(base.moe, num_experts=32, experts_per_token=4),
     )

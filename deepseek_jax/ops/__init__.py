@@ -1,0 +1,20 @@
+from deepseek_jax.ops.attention import attention
+from deepseek_jax.ops.cross_entropy import cross_entropy, vocab_partials
+from deepseek_jax.ops.grouped_matmul import (
+    group_starts,
+    grouped_matmul,
+    grouped_matmul_dw,
+    grouped_matmul_dx,
+    preferred_alignment,
+)
+
+__all__ = [
+    "attention",
+    "cross_entropy",
+    "group_starts",
+    "grouped_matmul",
+    "grouped_matmul_dw",
+    "grouped_matmul_dx",
+    "preferred_alignment",
+    "vocab_partials",
+]

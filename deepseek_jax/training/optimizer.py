@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -91,26 +92,25 @@ def adamw(config: OptimizerConfig, specs: Tree) -> optax.GradientTransformation:
     )
 
 
-def moment_trees(opt_state: Any, params: Tree) -> dict[str, Tree]:
-    """The parts of an optax state that are shaped like the parameters, by path, such as `0.mu` and `0.nu`."""
+def map_moments(
+    function: Callable[[str, Tree], Any],
+    opt_state: Any,
+    params: Tree,
+    *,
+    other: Callable[[str, Any], Any],
+) -> Any:
+    """Maps an optax state part by part.
+
+    Each part that is shaped like the parameters, such as `0.mu`, becomes `function(path, part)`; every other leaf,
+    such as a count, becomes `other("optimizer.<path>", leaf)`.
+    """
     structure = jax.tree.structure(params)
 
-    def like_params(node) -> bool:
+    def like_params(node: Any) -> bool:
         return jax.tree.structure(node) == structure
 
-    leaves, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=like_params)
-    return {_path_name(path): leaf for path, leaf in leaves if like_params(leaf)}
+    def visit(path, node: Any) -> Any:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return function(name, node) if like_params(node) else other(f"optimizer.{name}", node)
 
-
-def map_moments(function, opt_state: Any, params: Tree) -> Any:
-    """Replaces each part of an optax state that is shaped like the parameters by `function(path name, part)`."""
-    structure = jax.tree.structure(params)
-
-    def visit(path, node):
-        return function(_path_name(path), node) if jax.tree.structure(node) == structure else node
-
-    return jax.tree_util.tree_map_with_path(visit, opt_state, is_leaf=lambda n: jax.tree.structure(n) == structure)
-
-
-def _path_name(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
+    return jax.tree_util.tree_map_with_path(visit, opt_state, is_leaf=like_params)

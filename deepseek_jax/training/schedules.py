@@ -28,16 +28,16 @@ class Phase:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Schedule:
+class Curve:
     """A piecewise function of tokens seen; after its last phase it stays at that phase's value."""
 
     phases: tuple[Phase, ...]
     start: float = 0.0
 
     def __post_init__(self):
-        require(len(self.phases) > 0, "a schedule needs at least one phase")
+        require(len(self.phases) > 0, "a curve needs at least one phase")
         ends = [phase.until for phase in self.phases]
-        require(ends == sorted(set(ends)), f"schedule phases must end one after another, not at {ends}")
+        require(ends == sorted(set(ends)), f"the phases of a curve must end one after another, not at {ends}")
 
     def __call__(self, tokens: int) -> float:
         """The value after `tokens` tokens."""
@@ -54,15 +54,15 @@ class Schedule:
         return value
 
 
-def constant(value: float) -> Schedule:
+def constant(value: float) -> Curve:
     """The same value throughout."""
-    return Schedule(phases=(Phase(until=1, value=value),), start=value)
+    return Curve(phases=(Phase(until=1, value=value),), start=value)
 
 
-def stepped(*steps: tuple[int, float], final: float) -> Schedule:
+def stepped(*steps: tuple[int, float], final: float) -> Curve:
     """Constant pieces: `stepped((10, a), (20, b), final=c)` is a before token 10, b before token 20, then c."""
     phases = [Phase(until=until, value=value) for until, value in steps]
-    return Schedule(phases=(*phases, Phase(until=steps[-1][0] + 1, value=final)), start=steps[0][1])
+    return Curve(phases=(*phases, Phase(until=steps[-1][0] + 1, value=final)), start=steps[0][1])
 
 
 MTP_WEIGHT = constant(0.3)
@@ -74,14 +74,14 @@ class ScheduleConfig:
     """The course of a run. `learning_rate` is relative to `optimizer.peak_lr`."""
 
     total_tokens: int
-    learning_rate: Schedule
-    batch_rows: Schedule
+    learning_rate: Curve
+    batch_rows: Curve
     """Sequences per optimizer step."""
     batch_multiple: int = 1
     """A ramping batch size is rounded down to a multiple of this, so that few shapes are compiled."""
-    mtp_weight: Schedule = MTP_WEIGHT
+    mtp_weight: Curve = MTP_WEIGHT
     """λ of the MTP losses (section 2.2)."""
-    bias_rate: Schedule = BIAS_RATE
+    bias_rate: Curve = BIAS_RATE
     """γ of the router bias update (section 2.1.2)."""
     balance_weight: float = 1e-4
     """α of the sequence-wise balance loss."""
@@ -117,10 +117,10 @@ def paper_schedule(
     ramp = max(int(total_tokens * 0.469 / 14.8), 1)
     batch = constant(rows)
     if start_rows is not None and start_rows != rows:
-        batch = Schedule(start=start_rows, phases=(Phase(until=ramp, value=rows, shape="linear"),))
+        batch = Curve(start=start_rows, phases=(Phase(until=ramp, value=rows, shape="linear"),))
     return ScheduleConfig(
         total_tokens=total_tokens,
-        learning_rate=Schedule(
+        learning_rate=Curve(
             phases=(
                 Phase(until=warmup_tokens, value=1.0, shape="linear"),
                 Phase(until=decay, value=1.0),

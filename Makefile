@@ -1,0 +1,66 @@
+# The whole project from here: `make quickstart` needs python3 (3.11 or newer), make and git, and nothing else.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+QUICKSTART := runs/quickstart
+# PARITY=1 installs PyTorch as well, for the tests that compare with it (several GB where its package carries CUDA).
+PARITY ?=
+comma := ,
+EXTRAS := dev$(if $(PARITY),$(comma)parity)
+# Each worker has its own processes and compilations: two fit two cores.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
+
+.PHONY: help venv quickstart test test-all lint format clean
+
+help:  ## show this list
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(VENV)/.core  ## make .venv with what a run needs
+
+quickstart: $(VENV)/.core  ## train a tiny DeepSeek-V3 on real text, evaluate it, generate, write a report
+	@if [ -e $(QUICKSTART) ]; then \
+	  n=1; while [ -e $(QUICKSTART).$$n ]; do n=$$((n + 1)); done; \
+	  mv $(QUICKSTART) $(QUICKSTART).$$n && echo "moved the last quickstart to $(QUICKSTART).$$n"; \
+	fi
+	$(BIN)/python -m experiments.run tiny.pretrain --workdir $(QUICKSTART)
+	@if [ -e $(QUICKSTART)/report.html ]; then echo "report: $(CURDIR)/$(QUICKSTART)/report.html"; fi
+
+test: $(VENV)/.test$(PARITY)  ## the tests that end in minutes; PARITY=1 adds those against PyTorch
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.test$(PARITY)  ## every test
+	$(PYTEST) $(ARGS)
+
+lint: $(VENV)/.test$(PARITY)  ## ruff's checks and format, and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy deepseek_jax
+
+format: $(VENV)/.test$(PARITY)  ## rewrite the code as ruff formats it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv and every cache; runs/ stays
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp per set of packages, so that nothing is installed twice. The exact versions of constraints.txt are those of
+# Python 3.11; another Python takes the newest that setup.py allows.
+$(VENV)/.core: setup.py constraints.txt
+	$(call install,.)
+	@touch $@
+
+$(VENV)/.test$(PARITY): setup.py constraints.txt
+	$(call install,.[$(EXTRAS)])
+	@touch $(VENV)/.core $@
+
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "deepseek_jax needs Python 3.11 or newer; choose one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
+	  { echo "could not make $(VENV) with $(PYTHON); on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '$(1)' \
+	  `$(BIN)/python -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")'`
+endef

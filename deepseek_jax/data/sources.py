@@ -1,0 +1,97 @@
+"""From a source's config to its documents: all in random access, or one after the other."""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+from collections.abc import Iterator
+
+from etils import epath
+
+from deepseek_jax.data.array_record import open_array_record
+from deepseek_jax.data.config import ArrayRecord, Jsonl, Parquet, Source, StandardLibrary, TextFiles
+from deepseek_jax.data.documents import Document, Documents, SkipCounter, decode_utf8, digests_of, list_files
+from deepseek_jax.data.errors import DataError
+from deepseek_jax.data.jsonl import iterate_jsonl, open_jsonl
+from deepseek_jax.data.parquet import iterate_parquet, open_parquet
+
+# Tests are not in every install, installed packages differ from machine to machine, and the rest is made at build time.
+_NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
+_GENERATED = ("_sysconfigdata", "config-")
+
+
+def open_documents(source: Source) -> Documents:
+    """The documents of `source` in random access. Raises `DataError` if it is missing, empty or broken."""
+    match source:
+        case StandardLibrary():
+            documents = _Files("the standard library", _standard_library())
+        case TextFiles():
+            documents = _Files(source.path, list_files(source.path, (source.glob,)))
+        case Jsonl():
+            documents = open_jsonl(source)
+        case Parquet():
+            documents = open_parquet(source)
+        case ArrayRecord():
+            documents = open_array_record(source)
+        case _:
+            raise TypeError(f"unknown source {source!r}")
+    if len(documents) == 0:
+        raise DataError(f"{documents.name}: holds no text")
+    return documents
+
+
+def stream_documents(source: Source) -> Iterator[Document]:
+    """The documents of `source` in order, without holding them: for corpora larger than memory."""
+    if isinstance(source, Jsonl | Parquet):
+        skips = SkipCounter(source.on_error)
+        iterate = iterate_jsonl if isinstance(source, Jsonl) else iterate_parquet
+        yield from iterate(source, skips)
+        skips.report(source.path)
+    else:
+        documents = open_documents(source)
+        yield from (documents[i] for i in range(len(documents)))
+
+
+class _Files(Documents):
+    """One document per file, read when asked for."""
+
+    def __init__(self, name: str, files: list[tuple[str, epath.Path]]):
+        self.name = name
+        sizes = [_size(path) for _, path in files]
+        self._files = [file for file, size in zip(files, sizes, strict=True) if size]
+        self.digests = digests_of(name for name, _ in self._files)
+        self.total_bytes = sum(sizes)
+
+    def __getitem__(self, index: int) -> Document:
+        name, path = self._files[index]
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        return Document(name, decode_utf8(data, str(path)))
+
+
+def _size(path: epath.Path) -> int:
+    try:
+        return path.stat().length
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: epath.Path, error: OSError) -> DataError:
+    return DataError(f"{path}: cannot be read ({error.strerror or error})")
+
+
+def _standard_library() -> list[tuple[str, epath.Path]]:
+    """`(relative name, path)` of the library's sources, sorted by name."""
+    root = sysconfig.get_paths()["stdlib"]
+    files = {}
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in _NOT_LIBRARY and not name.startswith(_GENERATED)]
+        for name in names:
+            if name.endswith(".py") and not name.startswith(_GENERATED):
+                path = os.path.join(folder, name)
+                files[os.path.relpath(path, root).replace(os.sep, "/")] = epath.Path(path)
+    if not files:
+        raise DataError(f"{root}: this Python comes without its library's source; name another source in data.sources")
+    return sorted(files.items())

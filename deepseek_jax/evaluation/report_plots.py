@@ -1,0 +1,256 @@
+"""The pictures of a run's report: matplotlib figures from plain records, without pyplot's global state."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import matplotlib.cm
+import numpy as np
+from matplotlib.colors import Normalize, TwoSlopeNorm, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+
+# One colour, one meaning, in every picture.
+HELDOUT, TRAIN, MTP, GZIP, XZ = "#3b5bdb", "#e8710a", "#868e96", "#2b8a3e", "#862e9c"
+GREY, INK = "#868e96", "#212529"
+LAYERS = matplotlib.colormaps["viridis"]
+LOADS = matplotlib.colormaps["RdBu_r"]
+_MAX_COLUMNS = 400
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": "#adb5bd",
+    "axes.labelcolor": "#495057",
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e9ecef",
+    "xtick.color": "#868e96",
+    "ytick.color": "#868e96",
+    "xtick.labelcolor": "#495057",
+    "ytick.labelcolor": "#495057",
+    "legend.frameon": False,
+    "lines.linewidth": 1.7,
+    "lines.solid_capstyle": "round",
+    "svg.hashsalt": "deepseek_jax",  # the same run gives the same file
+}
+
+Records = Sequence[Mapping[str, Any]]
+
+
+def styled():
+    """A context in which figures are made and saved."""
+    return matplotlib.rc_context(_STYLE)
+
+
+def data_uri(figure: Figure) -> str:
+    """The figure as an SVG in a `data:` address."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def column(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and finite values of the scalar `name`, over the records that have it."""
+    pairs = [(r.get("tokens", r.get("step", 0)), r[name]) for r in records if _finite(r.get(name))]
+    tokens, values = zip(*pairs, strict=True) if pairs else ((), ())
+    return np.asarray(tokens, np.float64), np.asarray(values, np.float64)
+
+
+def compression_bars(model: float | None, gzip: Mapping[str, float] | None, xz: Mapping[str, float] | None) -> Figure:
+    """Held-out bits per byte of the model and of the compressors, as bars from zero; shorter is better."""
+    bars = [("this model", model, HELDOUT)]
+    for name, sizes, colour in (("xz -9e", xz, _lighter(XZ)), ("gzip -9", gzip, _lighter(GZIP))):
+        for key, reading in (("concatenated", "all files as one"), ("per_file", "file by file")):
+            bars.append((f"{name}, {reading}", (sizes or {}).get(key), colour))
+    bars = [bar for bar in bars if _finite(bar[1])]
+    figure = Figure(figsize=(9, 0.5 + 0.42 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    longest = max(value for _, value, _ in bars)
+    for row, (name, value, colour) in enumerate(bars):
+        axes.barh(row, value, color=colour, height=0.66)
+        weight = "bold" if colour == HELDOUT else "normal"
+        axes.text(value + longest * 0.01, row, f"{value:.3f}", va="center", fontweight=weight)
+    axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
+    axes.invert_yaxis()
+    axes.set_xlim(0, longest * 1.09)
+    axes.set_xlabel("bits per byte of held-out text")
+    axes.grid(False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    return figure
+
+
+def loss_curves(train: Records, evaluations: Records, baselines: Mapping[str, float]) -> Figure:
+    """Training and held-out losses; beside them held-out bits per byte on its way past the compressors."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    losses, bits = figure.subplots(1, 2, width_ratios=(3, 2))
+    _smoothed(losses, *column(train, "loss_mtp"), MTP, "MTP")
+    _smoothed(losses, *column(train, "loss_main"), TRAIN, "main")
+    for axes, name in ((losses, "heldout_loss"), (bits, "heldout_bits_per_byte")):
+        tokens, values = column(evaluations, name)
+        if len(values):
+            axes.plot(tokens, values, "o-", color=HELDOUT, markersize=4.5, label="held-out")
+    losses.set_title("Loss, nats per token")
+    for name, colour in (("gzip", GZIP), ("xz", XZ)):
+        if name in baselines:
+            bits.axhline(baselines[name], color=colour, linewidth=1.3, linestyle="--", label=name)
+    bits.set_title("Held-out bits per byte")
+    for axes in (losses, bits):
+        _token_axis(axes)
+        _legend(axes)
+    return figure
+
+
+def training_curves(train: Records) -> Figure:
+    """Learning rate, batch, gradient norm, balance loss, throughput and MFU: one small picture each."""
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    panels = figure.subplots(2, 3)
+    _panel(panels[0, 0], train, "learning_rate", "Learning rate", zero=True)
+    _panel(panels[0, 1], train, "grad_norm", "Gradient norm, before clipping", log=True)
+    _panel(panels[0, 2], train, "loss_balance", "Balance loss")
+    _panel(panels[1, 0], train, "tokens_per_second", "Tokens per second", zero=True)
+    _panel(panels[1, 1], train, "mfu", "Model FLOPs utilisation, %", zero=True, scale=100)
+    _panel(panels[1, 2], train, "batch_rows", "Sequences per batch", zero=True)
+    return figure
+
+
+def load_heat_maps(train: Records) -> Figure | None:
+    """Share of tokens of each expert over time, times the number of experts, one panel per MoE layer."""
+    rows = [r for r in train if r.get("load")]
+    shapes = {np.shape(row["load"]) for row in rows if _rectangular(row["load"])}
+    if len(shapes) != 1:
+        return None
+    tokens = np.asarray([row.get("tokens", row.get("step", 0)) for row in rows], np.float64)
+    loads = np.asarray([row["load"] for row in rows], np.float64)  # [time, layer, expert]
+    _, layers, experts = loads.shape
+    loads, tokens = _binned(loads * experts, tokens)
+    columns = layers if layers <= 4 else 3 if layers <= 9 else 6
+    height = 1.9 if layers <= 9 else 1.35
+    figure = Figure(figsize=(11, 0.6 + height * math.ceil(layers / columns)), layout="constrained")
+    panels = figure.subplots(math.ceil(layers / columns), columns, sharex=True, sharey=True, squeeze=False)
+    top = max(2.0, float(np.nanpercentile(loads, 99.5)))
+    extent = (tokens[0], tokens[-1] if tokens[-1] > tokens[0] else tokens[0] + 1, experts - 0.5, -0.5)
+    for layer, axes in enumerate(panels.flat):
+        if layer >= layers:
+            axes.set_visible(False)
+            panels.flat[layer - columns].tick_params(labelbottom=True)  # nothing below it shows the ticks
+            continue
+        image = axes.imshow(
+            loads[:, layer].T, aspect="auto", cmap=LOADS, norm=TwoSlopeNorm(1, 0, top), extent=extent,
+            interpolation="nearest",
+        )  # fmt: skip
+        axes.set_title(f"MoE layer {layer + 1}", pad=4)
+        axes.grid(False)
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+    figure.supxlabel("tokens", fontsize=10, color="#495057")
+    figure.supylabel("expert", fontsize=10, color="#495057")
+    bar = figure.colorbar(image, ax=panels, shrink=0.9, aspect=30, pad=0.01, label="load ÷ balanced load")
+    bar.outline.set_visible(False)
+    return figure
+
+
+def max_violation(train: Records) -> Figure | None:
+    """MaxVio of each MoE layer over time: how far the busiest expert is above the balanced load."""
+    rows = [r for r in train if r.get("max_vio")]
+    widths = {len(row["max_vio"]) for row in rows}
+    if len(widths) != 1:
+        return None
+    (layers,) = widths
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    axes = figure.subplots()
+    flat = [{"tokens": r.get("tokens", r.get("step", 0)), **dict(enumerate(r["max_vio"]))} for r in rows]
+    for layer in range(layers):
+        colour = LAYERS(0.9 * layer / max(layers - 1, 1))
+        axes.plot(*column(flat, layer), color=colour, linewidth=1.4, label=f"layer {layer + 1}")
+    axes.set_ylim(bottom=0)
+    axes.set_title("MaxVio = busiest expert's load ÷ balanced load − 1")
+    _token_axis(axes)
+    if layers <= 12:
+        _legend(axes, ncols=2 if layers > 4 else 1, title="MoE")
+    else:
+        scale = matplotlib.cm.ScalarMappable(Normalize(1, layers / 0.9), LAYERS)
+        figure.colorbar(scale, ax=axes, label="MoE layer", boundaries=np.arange(0.5, layers + 1), pad=0.01)
+    return figure
+
+
+def _smoothed(axes, tokens: np.ndarray, values: np.ndarray, colour: str, label: str) -> None:
+    """Every point faintly, and the running mean over a fiftieth of them on top where there are many."""
+    window = len(values) // 50
+    if window < 2:
+        if len(values):
+            axes.plot(tokens, values, color=colour, label=label)
+        return
+    axes.plot(tokens, values, color=_lighter(colour), alpha=0.6, linewidth=0.8)
+    kernel = np.ones(window)
+    mean = np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
+    axes.plot(tokens, mean, color=colour, label=label)
+
+
+def _panel(axes, train: Records, name: str, title: str, *, zero=False, log=False, scale=1.0) -> None:
+    tokens, values = column(train, name)
+    axes.set_title(title)
+    _token_axis(axes)
+    if not len(values):
+        axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", va="center", color=GREY)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        return
+    axes.plot(tokens, values * scale, color=TRAIN, linewidth=1.3)
+    if log and values.min() > 0 and values.max() / values.min() > 5:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    elif zero:
+        axes.set_ylim(0, max(values.max() * scale * 1.08, 1e-12))
+    if values.max() * scale >= 1e4:
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _token_axis(axes) -> None:
+    axes.set_xlabel("tokens")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+
+
+def _legend(axes, **options) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(**options)
+    else:
+        axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", va="center", color=GREY)
+
+
+def _binned(loads: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most `_MAX_COLUMNS` time steps: means over runs of neighbours."""
+    stride = -(-len(loads) // _MAX_COLUMNS)
+    starts = np.arange(0, len(loads), stride)
+    counts = np.diff([*starts, len(loads)])
+    means = np.add.reduceat(loads, starts, axis=0) / counts[:, None, None]
+    return means, tokens[[*starts[:-1], -1]] if len(starts) > 1 else tokens[[0]]
+
+
+def _rectangular(rows: Sequence[Sequence[float]]) -> bool:
+    return len({len(row) for row in rows}) == 1
+
+
+def _lighter(colour: str) -> tuple[float, float, float]:
+    """Half-way to white; unlike transparency it does not show the grid through."""
+    return tuple((np.asarray(to_rgb(colour)) + 1) / 2)
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

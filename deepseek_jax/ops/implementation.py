@@ -1,0 +1,40 @@
+"""How an op chooses among its implementations, and the error for one that cannot run here.
+
+Every op of this package takes `implementation=None | name`. None picks the first that is supported where the code runs;
+a name that is not supported is an error that says why, never a silent fallback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+
+def choose(op: str, implementation: str | None, obstacles: Mapping[str, str | None]) -> str:
+    """The implementation of `op` to run.
+
+    Args:
+      op: Name of the op, for the error.
+      implementation: What the caller asked for; None leaves the choice to us.
+      obstacles: Every implementation by name, best first, with the reason why it cannot run here, or None if it can.
+
+    Returns:
+      The name of an implementation whose obstacle is None.
+
+    Raises:
+      ValueError: if the name is unknown, or known and not supported here.
+    """
+    if implementation is None:
+        return next(name for name, obstacle in obstacles.items() if obstacle is None)
+    if implementation not in obstacles:
+        raise ValueError(f"{op} has no implementation {implementation!r}; it has {', '.join(obstacles)}")
+    if obstacles[implementation] is not None:
+        raise ValueError(f"{op}: implementation {implementation!r} cannot run here: {obstacles[implementation]}")
+    return implementation
+
+
+def accumulator(*arrays: jax.Array) -> jnp.dtype:
+    """The dtype to accumulate in: float32 or wider, so that float64 parity tests stay in float64."""
+    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)

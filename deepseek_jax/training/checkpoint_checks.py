@@ -1,0 +1,132 @@
+"""What can be wrong with a checkpoint before any array is read, said in one line each."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+# Cloud scheme -> (modules of which etils needs one, our extra that installs it).
+_BACKENDS = {"gs": (("gcsfs", "tensorflow"), "gcs"), "s3": (("s3fs", "tensorflow"), "s3")}
+_SHOWN = 5
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written, found or used. The message is one line, for the person who started it."""
+
+
+def checkpoint_path(directory: epath.PathLike) -> epath.Path:
+    """`directory` as the one path type of the project, made absolute where it is local.
+
+    Raises:
+      CheckpointError: a scheme that is not supported, or whose backend is not installed.
+    """
+    scheme, separator, _ = str(directory).partition("://")
+    if not separator:
+        return epath.Path(directory).expanduser().absolute()
+    if scheme not in _BACKENDS:
+        raise CheckpointError(f"checkpoints cannot live at {directory}: use a local path, gs://… or s3://…")
+    modules, extra = _BACKENDS[scheme]
+    if not any(importlib.util.find_spec(module) for module in modules):
+        raise CheckpointError(
+            f"checkpoints at {directory} need {modules[0]}, which is not installed: pip install 'deepseek_jax[{extra}]'"
+        )
+    return epath.Path(directory)
+
+
+def check_entries(
+    saved: Mapping[str, jax.ShapeDtypeStruct],
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    skip: Iterable[str] = (),
+    source: str = "the checkpoint",
+) -> None:
+    """Raises `CheckpointError` unless `saved` holds exactly the entries of `wanted`, in the same shapes and dtypes.
+
+    Args:
+      saved: global shape and dtype of each entry on disk.
+      wanted: the same of each entry that the model at hand has.
+      skip: prefixes of names that may be in `saved` only.
+      source: names the checkpoint in the message.
+    """
+    prefixes = tuple(skip)
+    missing = [name for name in wanted if name not in saved]
+    left_over = [name for name in saved if name not in wanted and not name.startswith(prefixes)]
+    differing = [
+        f"{name} ({_form(saved[name])} saved, {_form(template)} wanted)"
+        for name, template in wanted.items()
+        if name in saved and _form(saved[name]) != _form(template)
+    ]
+    findings = (("missing", missing), ("left over", left_over), ("of another shape or dtype", differing))
+    complaints = [f"{len(names)} {what}: {describe(names)}" for what, names in findings if names]
+    if complaints:
+        raise CheckpointError(f"{source} is of another architecture; entries " + "; entries ".join(complaints))
+
+
+def check_compatible(
+    saved: Mapping[str, Any], current: Mapping[str, Any], *, source: str = "the checkpoint", what: str = "meta"
+) -> None:
+    """Raises `CheckpointError` unless two JSON documents agree on all that `current` names.
+
+    Called with the parts of a checkpoint's `meta` that must not change, such as the model's architecture and the
+    tokenizer's fingerprint: `check_compatible(store.documents(step)["meta"], {"tokenizer": fingerprint, "model": …})`.
+    Keys that only `saved` has are ignored; tuples and lists are the same, as they are in JSON.
+
+    Args:
+      saved: a document read from a checkpoint.
+      current: the values that the run at hand has.
+      source: names the checkpoint in the message.
+      what: names the document in the message.
+    """
+    old, new = dict(_leaves(saved, what)), dict(_leaves(current, what))
+    absent = object()
+    differing = [
+        f"{path} is {_shown(old[path])} there and {_shown(value)} here"
+        if path in old
+        else f"{path} is not recorded there and {_shown(value)} here"
+        for path, value in new.items()
+        if old.get(path, absent) != value
+    ]
+    if differing:
+        tokenizer = any("tokenizer" in line.split(" is ")[0] for line in differing)
+        kind = "was made with another tokenizer" if tokenizer else "does not fit this run"
+        raise CheckpointError(f"{source} {kind}: {describe(differing, separator='; ')}")
+
+
+def describe(names: Iterable[Any], *, separator: str = ", ") -> str:
+    """The first few of `names`, and how many more there are."""
+    names = list(names)
+    more = len(names) - _SHOWN
+    return separator.join(map(str, names[:_SHOWN])) + (f" and {more} more" if more > 0 else "")
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says at its root, in one line of bounded length."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "…"
+
+
+def _form(entry: jax.ShapeDtypeStruct) -> str:
+    return f"{jnp.dtype(entry.dtype).name}[{','.join(map(str, entry.shape))}]"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def _leaves(document: Any, path: str) -> Iterable[tuple[str, Any]]:
+    """Dotted path and value of every leaf of nested dictionaries and lists."""
+    if isinstance(document, Mapping) and document:
+        return itertools.chain.from_iterable(_leaves(value, f"{path}.{key}") for key, value in document.items())
+    if isinstance(document, list | tuple) and document:
+        return itertools.chain.from_iterable(_leaves(value, f"{path}.{i}") for i, value in enumerate(document))
+    return iter([(path, document if not isinstance(document, tuple) else [])])

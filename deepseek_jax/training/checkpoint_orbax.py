@@ -1,0 +1,78 @@
+"""How Orbax is set up for canonical entries: per-layer arrays that live on their pipeline stage's devices only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+# Arrays are cut into chunks of at most this many bytes, so that restoring on a finer mesh does not read each whole.
+_CHUNK_BYTES = 2**28
+
+
+class StagedArrayHandler(ocp.type_handlers.ArrayHandler):
+    """Writes `jax.Array`s of which each process may hold all, some or no shards.
+
+    Orbax assumes that every process holds some shards of every array and none holds all of one. A layer of a pipeline
+    lives on one stage's devices, and with two hosts and two stages that is never so.
+    """
+
+    async def serialize(self, values, infos, args=None):
+        """Serializes what this process holds, and leaves arrays that it holds nothing of to their owners."""
+        args = args or [ocp.SaveArgs()] * len(values)
+        mine = [i for i, value in enumerate(values) if value.addressable_shards]
+        if not mine:
+            return []
+        arrays = [_spread(values[i]) for i in mine]
+        return await super().serialize(arrays, [infos[i] for i in mine], [args[i] for i in mine])
+
+    async def deserialize(self, infos, args=None):
+        """Reads the arrays that land on this process, and names the others without reading anything."""
+        shardings = [arg.sharding for arg in args]
+        mine = [i for i, sharding in enumerate(shardings) if sharding.addressable_devices]
+        read = await super().deserialize([infos[i] for i in mine], [args[i] for i in mine]) if mine else []
+        arrays = dict(zip(mine, read, strict=True))
+        return [
+            arrays[i]
+            if i in arrays
+            else jax.make_array_from_single_device_arrays(arg.global_shape, arg.sharding, [], dtype=arg.dtype)
+            for i, arg in enumerate(args)
+        ]
+
+
+def array_handler() -> ocp.PyTreeCheckpointHandler:
+    """The handler of a flat dictionary of arrays, with our array type in place of Orbax's."""
+    # One owner per shard: with replicas sharing the work, `_spread` would wait for parts that nobody writes. The
+    # sharding file and the array metadata serve restores without templates, which we never do.
+    arrays = StagedArrayHandler(
+        primary_host=None, use_replica_parallel=False, enable_write_sharding_file=False, array_metadata_store=None
+    )
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+
+
+def save_args(names: Iterable[str]) -> dict[str, ocp.SaveArgs]:
+    """How each of the entries `names` is written."""
+    return {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in names}
+
+
+def _spread(array: jax.Array) -> jax.Array:
+    """The same shards, as an array that is nominally replicated on devices of other processes too.
+
+    Only Orbax sees it, and only to write the first replica, which is the one that is here: nothing is moved.
+    """
+    if jax.process_count() == 1 or not array.is_fully_addressable:
+        return array
+    if isinstance(array.sharding, jax.sharding.NamedSharding):
+        devices, names, spec = array.sharding.mesh.devices, array.sharding.mesh.axis_names, array.sharding.spec
+    else:
+        (device,) = array.sharding.device_set
+        devices, names, spec = np.array([device]), ("device",), jax.P()
+    here = jax.process_index()
+    elsewhere = [device for device in jax.devices() if device.process_index != here][: devices.size]
+    both = np.stack([devices, np.array(elsewhere).reshape(devices.shape)])
+    mesh = jax.sharding.Mesh(both, ("replica", *names))
+    shards = [shard.data for shard in array.addressable_shards]
+    return jax.make_array_from_single_device_arrays(array.shape, jax.NamedSharding(mesh, spec), shards)

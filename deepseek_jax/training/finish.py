@@ -1,0 +1,141 @@
+"""What a run does when its tokens are spent: judge itself on held-out text, speak, and write the report."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from importlib import metadata
+
+import jax
+from etils import epath
+from jax.sharding import NamedSharding
+
+from deepseek_jax.data import Tokenizer, heldout_documents
+from deepseek_jax.evaluation.compression import compression_baselines
+from deepseek_jax.evaluation.heldout import HeldoutResult, bits_per_byte
+from deepseek_jax.evaluation.report import write_report
+from deepseek_jax.inference.generate import Generator, Sampling, bind
+from deepseek_jax.model.targets import Microbatch
+from deepseek_jax.parallel.sharding import BATCH_SPEC
+from deepseek_jax.training.experiment import Experiment
+from deepseek_jax.training.step import Trainer, TrainState
+
+GREEDY = Sampling()
+WARM = Sampling(temperature=0.8, top_p=0.95, seed=0)
+
+
+class HeldoutEvaluator:
+    """Bits per byte on a run's held-out documents; called with a state, as often as wanted."""
+
+    def __init__(self, experiment: Experiment, trainer: Trainer, tokenizer: Tokenizer):
+        self._experiment, self._trainer, self._tokenizer = experiment, trainer, tokenizer
+        self.documents = heldout_documents(experiment.data)
+        self._first_documents = _prefix(self.documents, experiment.evaluation.max_bytes)
+
+    def __call__(self, state: TrainState, *, complete: bool) -> HeldoutResult | None:
+        """The result over all held-out text, or over its first `evaluation.max_bytes`; None if nothing is held out."""
+        documents = self.documents if complete else self._first_documents
+        if not documents:
+            return None
+        shards = self._experiment.parallel.batch_shards * (self._experiment.parallel.microbatch_rows or 1)
+        rows = -(-self._experiment.evaluation.batch_rows // shards) * shards
+        sharding = NamedSharding(self._trainer.mesh, BATCH_SPEC)
+
+        def evaluate(batch: Microbatch):
+            placed = jax.tree.map(
+                lambda array: jax.make_array_from_callback(array.shape, sharding, lambda index: array[index]), batch
+            )
+            return self._trainer.evaluate(state, placed)
+
+        length = self._experiment.data.sequence_length
+        return bits_per_byte(evaluate, self._tokenizer, documents, sequence_length=length, rows=rows)
+
+
+def finish_run(
+    experiment: Experiment,
+    trainer: Trainer,
+    state: TrainState,
+    tokenizer: Tokenizer,
+    evaluator: HeldoutEvaluator,
+    folder: epath.Path,
+    *,
+    step: int,
+    tokens: int,
+    seconds: float,
+    heldout: float | None,
+    log: Callable[[str], None],
+) -> float | None:
+    """Writes samples.jsonl, result.json and report.html; returns the held-out bits per byte."""
+    if heldout is None and (result := evaluator(state, complete=True)) is not None:
+        heldout = result.bits_per_byte
+    if jax.process_index() != 0:
+        return heldout
+    baselines = None
+    if evaluator.documents:
+        baselines = compression_baselines([(d.id, d.text.encode()) for d in evaluator.documents])
+    samples = _samples(experiment, state, tokenizer, step)
+    (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    result = {
+        "heldout_bits_per_byte": heldout,
+        "gzip": baselines and {"concatenated": baselines.gzip_concatenated, "per_file": baselines.gzip_per_file},
+        "xz": baselines and {"concatenated": baselines.xz_concatenated, "per_file": baselines.xz_per_file},
+        "step": step,
+        "tokens": tokens,
+        "wall_seconds": round(seconds, 1),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "machine": {
+            "platform": platform.platform(),
+            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("jax", "flax", "optax", "grain", "orbax-checkpoint")},
+        },
+    }
+    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    report = write_report(folder)
+    _say(log, result, samples, report)
+    return heldout
+
+
+def _samples(experiment: Experiment, state: TrainState, tokenizer: Tokenizer, step: int) -> list[dict]:
+    """Continuations of the recipe's prompts, greedy and sampled."""
+    prompts = experiment.evaluation.samples
+    if not prompts:
+        return []
+    generator = Generator(bind(experiment.model, state.params, state.router_bias))
+    encoded = [[tokenizer.bos_id, *map(int, tokenizer.encode(prompt))] for prompt in prompts]
+    samples = []
+    for method, sampling in (("greedy", GREEDY), ("temperature 0.8, top-p 0.95", WARM)):
+        outputs = generator.generate(
+            encoded,
+            max_new_tokens=experiment.evaluation.sample_tokens,
+            sampling=sampling,
+            stop_ids=(tokenizer.eos_id,),
+        )
+        for prompt, output in zip(prompts, outputs, strict=True):
+            text = tokenizer.decode(output, skip_specials=True)
+            samples.append({"step": step, "prompt": prompt, "text": text, "method": method})
+    return samples
+
+
+def _say(log: Callable[[str], None], result: dict, samples: list[dict], report: epath.Path) -> None:
+    for sample in samples:
+        log(f"\n--- {sample['method']} ---\n{sample['prompt']}⟩{sample['text']}")
+    log("")
+    if result["heldout_bits_per_byte"] is not None:
+        log(f"held-out bits per byte  {result['heldout_bits_per_byte']:.4f}   (lower is better)")
+        for name in ("gzip", "xz"):
+            sizes = result[name]
+            log(f"{name:<22}  {sizes['concatenated']:.4f}   ({sizes['per_file']:.4f} file by file)")
+    log(f"report                  {report}")
+
+
+def _prefix(documents: list, max_bytes: int | None) -> list:
+    """Documents, evenly spread over the list, of about `max_bytes` in all."""
+    if max_bytes is None:
+        return documents
+    total = sum(len(document.text.encode()) for document in documents)
+    stride = max(round(total / max_bytes), 1)
+    return documents[::stride]

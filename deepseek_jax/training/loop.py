@@ -1,0 +1,340 @@
+"""The training loop, read from top to bottom: mesh, tokenizer and data, model, state, steps, last words."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import signal
+import time
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import NamedSharding
+
+from deepseek_jax.config_io import save_config, to_dict
+from deepseek_jax.data import Tokenizer, check_vocab, make_tokenizer, train_rows
+from deepseek_jax.model.targets import Microbatch
+from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.parallel.placement import place
+from deepseek_jax.parallel.sharding import BATCH_SPEC
+from deepseek_jax.planning.flops import training_flops_per_token
+from deepseek_jax.training import canonical
+from deepseek_jax.training.checkpoint import CheckpointError, CheckpointStore, check_compatible
+from deepseek_jax.training.experiment import Experiment
+from deepseek_jax.training.finish import HeldoutEvaluator, finish_run
+from deepseek_jax.training.metrics import MetricsWriter
+from deepseek_jax.training.optimizer import adamw
+from deepseek_jax.training.profiling import StepTrace, measure_matmul_peak
+from deepseek_jax.training.progress import Progress, human_count
+from deepseek_jax.training.stability import NonFiniteGuard
+from deepseek_jax.training.step import Hyperparameters, StepConfig, StepMetrics, Trainer, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """How a run ended."""
+
+    status: Literal["done", "interrupted"]
+    step: int
+    tokens: int
+    workdir: str
+    signal: int | None = None
+    """The signal that interrupted it."""
+    heldout_bits_per_byte: float | None = None
+
+
+def make_trainer(experiment: Experiment) -> Trainer:
+    """The trainer of an experiment on this process's devices."""
+    config = StepConfig(
+        microbatch_rows=experiment.parallel.microbatch_rows,
+        recompute=experiment.parallel.recompute,
+        compute_dtype=jnp.dtype(experiment.precision.compute),
+        mask_documents=experiment.mask_documents,
+        balance_weight=experiment.schedule.balance_weight,
+        balance_from_routed=experiment.balance_from_routed,
+        clip_norm=experiment.optimizer.clip_norm,
+    )
+    return Trainer(
+        Transformer(experiment.model),
+        place(experiment.model, stages=experiment.parallel.pipe),
+        make_mesh(experiment.parallel),
+        functools.partial(adamw, experiment.optimizer),
+        config,
+    )
+
+
+def train(
+    experiment: Experiment,
+    *,
+    workdir: str,
+    resume: bool = False,
+    profile: tuple[int, int] | None = None,
+) -> RunResult:
+    """Trains `experiment` in the folder `workdir`, from nothing or, with `resume`, from its last checkpoint.
+
+    Args:
+      experiment: the run.
+      workdir: gets config.json, tokenizer.json, metrics.jsonl, checkpoints, result.json and report.html.
+      resume: continue bit for bit from the newest checkpoint.
+      profile: first and last step of an XProf trace.
+
+    Raises:
+      ConfigError, DataError, CheckpointError: before any training, in the user's terms.
+      NonFiniteLossError: a loss or gradient was not finite; its batch is saved, no checkpoint is.
+    """
+    started = time.monotonic()
+    folder = epath.Path(workdir)
+    use_compile_cache()
+
+    # --- mesh and model: abstract, so that a wrong config costs nothing ---
+    trainer = make_trainer(experiment)
+
+    # --- tokenizer and data ---
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = _tokenizer(experiment, folder, resume)
+    check_vocab(tokenizer, experiment.model.vocab_size)
+    rows = train_rows(
+        experiment.data,
+        tokenizer,
+        seed=experiment.seed,
+        host_index=jax.process_index(),
+        host_count=jax.process_count(),
+    )
+    evaluator = HeldoutEvaluator(experiment, trainer, tokenizer)
+    save_config(experiment, folder / "config.json")
+
+    # --- state: from a checkpoint, or from the seed ---
+    store = CheckpointStore(
+        experiment.checkpoint.directory or folder / "checkpoints",
+        keep_last=experiment.checkpoint.keep_last,
+        keep_best=experiment.checkpoint.keep_best,
+    )
+    identity = {"model": to_dict(experiment.model), "tokenizer_fingerprint": tokenizer.fingerprint()}
+    if resume:
+        state, step, tokens = _restore(store, trainer, rows, identity)
+    else:
+        state, step, tokens = trainer.initial_state(experiment.seed), 0, 0
+
+    # --- steps ---
+    run = _Run(experiment, trainer, rows, store, identity, evaluator, folder, resume_step=step if resume else None)
+    with store, _Signals() as signals, StepTrace(folder / "profile", profile) as trace, run:
+        state, step, tokens, last = run.steps(state, step, tokens, signals, trace)
+        if signals.received is not None:
+            return RunResult("interrupted", step, tokens, workdir, signals.received, last)
+        result = finish_run(
+            experiment, trainer, state, tokenizer, evaluator, folder,
+            step=step, tokens=tokens, seconds=time.monotonic() - started, heldout=last, log=run.progress.log,
+        )  # fmt: skip
+    return RunResult("done", step, tokens, workdir, heldout_bits_per_byte=result)
+
+
+class _Run:
+    """The inner loop and what it writes to."""
+
+    def __init__(self, experiment, trainer, rows, store, identity, evaluator, folder, *, resume_step):
+        self.experiment, self.trainer, self.rows, self.store = experiment, trainer, rows, store
+        self.identity, self.evaluator, self.folder = identity, evaluator, folder
+        self.writer = MetricsWriter(
+            folder,
+            tensorboard=experiment.logging.tensorboard,
+            wandb=experiment.logging.wandb,
+            resume_step=resume_step,
+            config=to_dict(experiment),
+        )
+        self.guard = NonFiniteGuard(folder)
+        self.peak_flops = measure_matmul_peak(experiment.precision.compute) * jax.device_count()
+        self.flops_per_token = training_flops_per_token(experiment.model, experiment.data.sequence_length)
+        self.progress: Progress
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.rows.close()
+        self.writer.close()
+
+    def steps(self, state: TrainState, step: int, tokens: int, signals: _Signals, trace: StepTrace):
+        """Steps until the tokens are spent, the data ends or a signal comes; returns the state and where it is."""
+        experiment, schedule = self.experiment, self.experiment.schedule
+        heldout, logged = None, (time.monotonic(), tokens)
+        self.progress = Progress(schedule.total_tokens, start_tokens=tokens)
+        with self.progress:
+            self._announce(tokens)
+            while tokens < schedule.total_tokens and signals.received is None:
+                try:
+                    batch = self.next_batch(schedule.rows(tokens))
+                except StopIteration:
+                    break
+                hyper = self._hyperparameters(tokens)
+                with trace.step(step + 1):
+                    state, metrics = self.trainer.step(state, batch.device, hyper)
+                step, tokens = step + 1, tokens + batch.tokens
+                self.guard.watch(step, metrics, batch.host)
+                self.progress.advance(tokens)
+                last = tokens >= schedule.total_tokens
+                if step % experiment.logging.every_steps == 0 or last or step == 1:
+                    logged = self._log(step, tokens, metrics, hyper, batch, logged)
+                heldout = self._evaluate_if_due(state, step, tokens, last)
+                if step % experiment.checkpoint.every_steps == 0 and not last:
+                    self.save(state, step, tokens, heldout)
+            self.guard.check()
+            if self.store.latest_step() != step and step > 0:
+                self.save(state, step, tokens, heldout)
+            if signals.received is not None:
+                self.store.wait()
+                name = signal.Signals(signals.received).name
+                self.progress.log(f"{name}: saved step {step} ({human_count(tokens)} tokens) to {self.store.directory}")
+        return state, step, tokens, heldout
+
+    def next_batch(self, rows: int) -> _Batch:
+        """The next `rows` sequences on the devices, padded with empty ones to what the mesh and microbatches need."""
+        host = self.rows.next_batch(rows)
+        parallel = self.experiment.parallel
+        multiple = parallel.batch_shards * (parallel.microbatch_rows or 1) // jax.process_count()
+        missing = -host["tokens"].shape[0] % max(multiple, 1)
+        padded = {name: np.pad(array, ((0, missing), (0, 0))) for name, array in host.items()}
+        sharding = NamedSharding(self.trainer.mesh, BATCH_SPEC)
+        on_host = Microbatch(**{name: padded[name] for name in Microbatch._fields})
+        device = jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), on_host)
+        return _Batch(on_host, device, rows, rows * self.experiment.data.sequence_length)
+
+    def save(self, state: TrainState, step: int, tokens: int, heldout: float | None) -> None:
+        """Starts a checkpoint; a non-finite loss since the last check raises instead."""
+        self.guard.check()
+        documents = {
+            "meta": {**self.identity, "step": step, "tokens": tokens, "seed": self.experiment.seed},
+            "data": self.rows.get_state(),
+            "config": to_dict(self.experiment),
+        }
+        self.store.save(step, canonical.to_canonical(self.trainer, state), documents, metric=heldout)
+
+    def _hyperparameters(self, tokens: int) -> Hyperparameters:
+        schedule = self.experiment.schedule
+        return Hyperparameters(
+            learning_rate=np.float32(self.experiment.optimizer.peak_lr * schedule.learning_rate(tokens)),
+            mtp_weight=np.float32(schedule.mtp_weight(tokens)),
+            bias_rate=np.float32(schedule.bias_rate(tokens)),
+        )
+
+    def _log(self, step, tokens, metrics: StepMetrics, hyper, batch, logged) -> tuple[float, int]:
+        """Waits for the step and writes what it measured."""
+        self.guard.check()
+        values = jax.device_get(metrics)
+        now = time.monotonic()
+        rate = (tokens - logged[1]) / max(now - logged[0], 1e-9)
+        scalars = {
+            "loss": float(values.loss),
+            "loss_main": float(values.loss_main),
+            "loss_mtp": float(values.loss_mtp),
+            "loss_balance": float(values.loss_balance),
+            "grad_norm": float(values.grad_norm),
+            "learning_rate": float(hyper.learning_rate),
+            "mtp_weight": float(hyper.mtp_weight),
+            "bias_rate": float(hyper.bias_rate),
+            "batch_rows": batch.rows,
+            "tokens_per_second": rate,
+            "mfu": rate * self.flops_per_token / self.peak_flops,
+        }
+        share = values.load / np.maximum(values.load.sum(axis=1, keepdims=True), 1)
+        vectors = {"max_vio": values.max_vio.tolist(), "load": np.round(share, 6).tolist()}
+        self.writer.write(step, {**scalars, **vectors}, tokens=tokens)
+        shown = {"loss": scalars["loss_main"], "lr": scalars["learning_rate"], "grad": scalars["grad_norm"]}
+        if values.max_vio.size:
+            shown["MaxVio"] = float(values.max_vio.mean())
+        shown["MFU %"] = 100 * scalars["mfu"]
+        self.progress.report(step, tokens, shown)
+        return time.monotonic(), tokens
+
+    def _evaluate_if_due(self, state: TrainState, step: int, tokens: int, last: bool) -> float | None:
+        every = self.experiment.evaluation.every_steps
+        if not last and not (every and step % every == 0):
+            return None
+        self.guard.check()
+        result = self.evaluator(state, complete=last)
+        if result is None:
+            return None
+        values = {"heldout_bits_per_byte": result.bits_per_byte, "heldout_loss": result.loss}
+        self.writer.write(step, values, tokens=tokens, kind="eval")
+        self.progress.log(
+            f"step {step} | held-out {result.bits_per_byte:.4f} bits per byte over {result.bytes:,} bytes"
+        )
+        return result.bits_per_byte if last or self.experiment.evaluation.max_bytes is None else None
+
+    def _announce(self, tokens: int) -> None:
+        device = jax.devices()[0]
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.trainer.params_layout.abstract()))
+        self.progress.log(
+            f"{human_count(count)} parameters on {jax.device_count()} x {device.device_kind}; "
+            f"{self.flops_per_token / 1e6:,.1f} MFLOP per token, matmul peak {self.peak_flops / 1e9:,.0f} GFLOP/s; "
+            f"{human_count(self.experiment.schedule.total_tokens - tokens)} tokens to go"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    host: Microbatch
+    device: Microbatch
+    rows: int
+    tokens: int
+
+
+class _Signals:
+    """Turns SIGINT and SIGTERM into a flag, so that a run saves before it leaves; a second one stops it at once."""
+
+    def __init__(self):
+        self.received: int | None = None
+
+    def __enter__(self) -> _Signals:
+        self._previous: dict[int, Any] = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._receive)
+        except ValueError:
+            pass  # not the main thread, as in a notebook's worker: the signals are not ours to take
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        del frame
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+
+
+def use_compile_cache(directory: str | None = None) -> None:
+    """Keeps compiled programs on disk, so that a second start compiles nothing; a user's own setting stays."""
+    if jax.config.jax_compilation_cache_dir is None:
+        path = epath.Path(directory or "~/.cache/deepseek_jax/xla").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(path))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _tokenizer(experiment: Experiment, folder: epath.Path, resume: bool) -> Tokenizer:
+    """The run's tokenizer: the one saved with it, the one it names, or one trained now and saved."""
+    path = folder / "tokenizer.json"
+    if resume and path.exists():
+        return Tokenizer.load(path)
+    tokenizer = make_tokenizer(experiment.tokenizer, experiment.data)
+    tokenizer.save(path)
+    return tokenizer
+
+
+def _restore(store: CheckpointStore, trainer: Trainer, rows, identity: dict) -> tuple[TrainState, int, int]:
+    """The newest checkpoint's state, step and tokens; moves `rows` to where it was."""
+    step = store.latest_step()
+    if step is None:
+        raise CheckpointError(f"--resume: there is no checkpoint in {store.directory}; start without --resume")
+    documents = store.documents(step)
+    meta = documents["meta"]
+    check_compatible(meta, json.loads(json.dumps(identity)), source=f"checkpoint {step} in {store.directory}")
+    entries = store.restore(step, canonical.templates(trainer))
+    rows.set_state(documents["data"])
+    return canonical.from_canonical(trainer, entries, meta["step"]), meta["step"], meta["tokens"]

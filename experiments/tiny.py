@@ -1,0 +1,32 @@
+"""A whole DeepSeek-V3, tiny: every mechanism of the paper in minutes on two CPU cores, with no download."""
+
+from __future__ import annotations
+
+from deepseek_jax import zoo
+from deepseek_jax.data import DataConfig, TokenizerConfig
+from deepseek_jax.precision.policy import FLOAT32
+from deepseek_jax.training.experiment import CheckpointConfig, EvaluationConfig, Experiment, LoggingConfig
+from deepseek_jax.training.optimizer import OptimizerConfig
+from deepseek_jax.training.schedules import paper_schedule
+
+PROMPTS = (
+    "def __init__(self, ",
+    "    for line in lines:\n",
+    'class Parser:\n    """',
+)
+
+
+def pretrain() -> Experiment:
+    """Tokenizer, pre-training, evaluation and samples on Python's own standard library: the quickstart."""
+    model = zoo.tiny()
+    return Experiment(
+        model=model,
+        tokenizer=TokenizerConfig(vocab_size=model.vocab_size),
+        data=DataConfig(sequence_length=256),
+        optimizer=OptimizerConfig(peak_lr=3e-3),
+        schedule=paper_schedule(1_600_000, warmup_tokens=80_000, rows=16),
+        precision=FLOAT32,
+        evaluation=EvaluationConfig(every_steps=100, max_bytes=60_000, samples=PROMPTS),
+        checkpoint=CheckpointConfig(every_steps=200, keep_last=2),
+        logging=LoggingConfig(every_steps=10),
+    )

@@ -1,0 +1,37 @@
+"""What every test shares: the environment that jax reads at import, hypothesis settings, and visible skips."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+# Before anything imports jax. Compiled programs are kept between runs, under the repository and not the user's home.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
+
+import hypothesis
+import pytest
+
+# Deadlines fail on a loaded machine, and a failure that the next run does not repeat helps nobody.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the tests that compare with PyTorch, with a reason, where it is not installed."""
+    absent = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if absent:
+        skip = pytest.mark.skip(reason=f"needs {' and '.join(absent)}: make test PARITY=1")
+        for item in items:
+            if item.get_closest_marker("torch"):
+                item.add_marker(skip)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips the tests for a GPU where there is none; asks jax only when such a test is about to run."""
+    if item.get_closest_marker("gpu"):
+        import jax
+
+        if jax.default_backend() != "gpu":
+            pytest.skip(f"needs a GPU; jax runs on {jax.default_backend()} here")

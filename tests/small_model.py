@@ -1,0 +1,89 @@
+"""A whole DeepSeek-V3 small enough for a unit test, its batches, and a trainer around it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from deepseek_jax.config import AttentionConfig, ModelConfig, MoEConfig
+from deepseek_jax.model.targets import Microbatch
+from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.parallel.mesh import ParallelConfig, make_mesh
+from deepseek_jax.parallel.placement import place
+from deepseek_jax.training.step import Hyperparameters, StepConfig, Trainer
+
+ATTENTION = AttentionConfig(
+    num_heads=2, q_lora_rank=12, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8
+)
+MOE = MoEConfig(num_experts=8, experts_per_token=2, expert_ffn_size=16, num_groups=4, groups_per_token=2)
+
+
+def small(*, moe: dict | None = None, attention: dict | None = None, **changes) -> ModelConfig:
+    """One dense and two MoE layers and one MTP module; `init_std` is large enough for routing to differ by token."""
+    return ModelConfig(
+        **{"vocab_size": 64, "hidden_size": 24, "num_layers": 3, "num_dense_layers": 1, "dense_ffn_size": 40}
+        | {"init_std": 0.1, "mtp_depth": 1}
+        | changes,
+        attention=dataclasses.replace(ATTENTION, **(attention or {})),
+        moe=dataclasses.replace(MOE, **(moe or {})),
+    )
+
+
+def packed(config: ModelConfig, documents: list[list[int]], *, length: int, seed: int = 0) -> Microbatch:
+    """Rows of `length` + 1 tokens; `documents[row]` lists the lengths of its documents, what is left is padding."""
+    rng = np.random.default_rng(seed)
+    shape = (len(documents), length + 1)
+    tokens = rng.integers(0, config.vocab_size, shape).astype(np.int32)
+    segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    for row, lengths in enumerate(documents):
+        assert sum(lengths) <= length + 1
+        segments[row, : sum(lengths)] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+        positions[row, : sum(lengths)] = np.concatenate([np.arange(n) for n in lengths]) if lengths else []
+    return Microbatch(tokens * (segments > 0), segments, positions, (segments > 0).astype(np.int32))
+
+
+def full(config: ModelConfig, rows: int, length: int, *, seed: int = 0) -> Microbatch:
+    """Rows without padding, one document each."""
+    return packed(config, [[length + 1]] * rows, length=length, seed=seed)
+
+
+def hyperparameters(*, learning_rate=1e-2, mtp_weight=0.3, bias_rate=1e-3, dtype=jnp.float32) -> Hyperparameters:
+    return Hyperparameters(*(jnp.asarray(x, dtype) for x in (learning_rate, mtp_weight, bias_rate)))
+
+
+def gradient_descent(specs) -> optax.GradientTransformation:
+    """The step then moves every parameter by -learning_rate * gradient, so parameters show the gradients."""
+    del specs
+    return optax.identity()
+
+
+def trainer(config: ModelConfig, *, optimizer=gradient_descent, devices=None, **step) -> Trainer:
+    """A trainer on data-parallel `devices` (default: the first one)."""
+    devices = jax.devices()[:1] if devices is None else devices
+    mesh = make_mesh(ParallelConfig(data=len(devices)), devices)
+    return Trainer(Transformer(config), place(config), mesh, optimizer, StepConfig(**step))
+
+
+def initial_state(trainer: Trainer, dtype=jnp.float32, seed: int = 0):
+    return trainer.fresh_state(trainer.params_layout.initial(seed, dtype), trainer.bias_layout.initial(seed, dtype))
+
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Compiler options that halve the time to compile, which for these sizes is nearly all the time."""
+
+
+@functools.cache
+def _step(trainer: Trainer, shape, dtype):
+    batch = Microbatch(*(jax.ShapeDtypeStruct(shape, jnp.int32) for _ in Microbatch._fields))
+    state = jax.eval_shape(lambda: initial_state(trainer, dtype))
+    return trainer.lower(state, batch, hyperparameters(dtype=dtype)).compile(compiler_options=QUICK)
+
+
+def run_step(trainer: Trainer, state, batch: Microbatch, hyper: Hyperparameters):
+    """`trainer.step`, compiled with the options above."""
+    return _step(trainer, batch.tokens.shape, hyper.learning_rate.dtype)(state, batch, hyper)
