@@ -9,13 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import AttentionConfig, ModelConfig, MoEConfig
 from deepseek_jax.model.targets import Microbatch
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.mesh import ParallelConfig, make_mesh
 from deepseek_jax.parallel.placement import place
-from deepseek_jax.training.step import Hyperparameters, StepConfig, Trainer
+from deepseek_jax.parallel.sharding import BATCH_SPEC
+from deepseek_jax.training.step import Hyperparameters, StepConfig, Trainer, TrainState
 
 ATTENTION = AttentionConfig(
     num_heads=2, q_lora_rank=12, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8
@@ -77,13 +80,29 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 """Compiler options that halve the time to compile, which for these sizes is nearly all the time."""
 
 
+def abstract_state(trainer: Trainer, dtype=jnp.float32) -> TrainState:
+    """Shapes, dtypes and shardings of a state, without any array."""
+    params = trainer.params_layout.abstract(dtype)
+    shapes = TrainState(
+        params,
+        trainer.bias_layout.abstract(dtype),
+        jax.eval_shape(trainer.optimizer.init, params),
+        jax.ShapeDtypeStruct((), jnp.int32),
+    )
+    placed = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(placed, shapes, trainer.state_shardings())
+
+
 @functools.cache
 def _step(trainer: Trainer, shape, dtype):
-    batch = Microbatch(*(jax.ShapeDtypeStruct(shape, jnp.int32) for _ in Microbatch._fields))
-    state = jax.eval_shape(lambda: initial_state(trainer, dtype))
-    return trainer.lower(state, batch, hyperparameters(dtype=dtype)).compile(compiler_options=QUICK)
+    sharding = NamedSharding(trainer.mesh, BATCH_SPEC)
+    batch = Microbatch(*(jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for _ in Microbatch._fields))
+    lowered = trainer.lower(abstract_state(trainer, dtype), batch, hyperparameters(dtype=dtype))
+    return lowered.compile(compiler_options=QUICK)
 
 
 def run_step(trainer: Trainer, state, batch: Microbatch, hyper: Hyperparameters):
     """`trainer.step`, compiled with the options above."""
-    return _step(trainer, batch.tokens.shape, hyper.learning_rate.dtype)(state, batch, hyper)
+    placed = jax.device_put(batch, NamedSharding(trainer.mesh, BATCH_SPEC))
+    hyper = jax.device_put(hyper, NamedSharding(trainer.mesh, P()))
+    return _step(trainer, batch.tokens.shape, hyper.learning_rate.dtype)(state, placed, hyper)

@@ -161,7 +161,7 @@ class RowIterator:
             row, state = upcoming[shard]
             if row is not None:
                 upcoming[shard] = self._advance(shard)
-                running -= 0
+                running -= upcoming[shard][0] is None
             yield _Item(shard, row, state, running == 0)
             row_number += self._host_count
 

@@ -217,7 +217,7 @@ def _experts(run: _Run) -> str:
         parts.append(_missing("expert loads"))
     else:
         caption = "Tokens sent to each expert, in units of the balanced load: white is balanced, red busy, blue idle."
-        parts.append(_picture(heat, caption))
+        parts.append(_picture(heat, caption, pixels=True))
     parts.append(_missing("MaxVio") if violation is None else _picture(violation, "0 is perfect balance."))
     return "\n".join(parts)
 
@@ -255,10 +255,10 @@ def _config(run: _Run) -> str:
 # --- pieces ---
 
 
-def _picture(figure, caption: str) -> str:
+def _picture(figure, caption: str, *, pixels: bool = False) -> str:
     alt = html.escape(caption or "curves of the run", quote=True)
     below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-    return f'<figure><img alt="{alt}" src="{plots.data_uri(figure)}">{below}</figure>'
+    return f'<figure><img alt="{alt}" src="{plots.data_uri(figure, pixels=pixels)}">{below}</figure>'
 
 
 def _missing(what: str) -> str:

@@ -54,11 +54,15 @@ def styled():
     return matplotlib.rc_context(_STYLE)
 
 
-def data_uri(figure: Figure) -> str:
-    """The figure as an SVG in a `data:` address."""
+def data_uri(figure: Figure, *, pixels: bool = False) -> str:
+    """The figure in a `data:` address: an SVG, or with `pixels` a PNG, which is smaller for heat maps."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    if pixels:
+        figure.savefig(buffer, format="png", dpi=160)
+    else:
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    kind = "png" if pixels else "svg+xml"
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def column(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -78,7 +82,7 @@ def compression_bars(model: float | None, gzip: Mapping[str, float] | None, xz: 
     figure = Figure(figsize=(9, 0.5 + 0.42 * len(bars)), layout="constrained")
     axes = figure.subplots()
     longest = max(value for _, value, _ in bars)
-    for row, (name, value, colour) in enumerate(bars):
+    for row, (_, value, colour) in enumerate(bars):
         axes.barh(row, value, color=colour, height=0.66)
         weight = "bold" if colour == HELDOUT else "normal"
         axes.text(value + longest * 0.01, row, f"{value:.3f}", va="center", fontweight=weight)
@@ -128,8 +132,8 @@ def training_curves(train: Records) -> Figure:
 
 def load_heat_maps(train: Records) -> Figure | None:
     """Share of tokens of each expert over time, times the number of experts, one panel per MoE layer."""
-    rows = [r for r in train if r.get("load")]
-    shapes = {np.shape(row["load"]) for row in rows if _rectangular(row["load"])}
+    rows = [r for r in train if r.get("load") and _rectangular(r["load"])]
+    shapes = {np.shape(row["load"]) for row in rows}
     if len(shapes) != 1:
         return None
     tokens = np.asarray([row.get("tokens", row.get("step", 0)) for row in rows], np.float64)
@@ -158,7 +162,8 @@ def load_heat_maps(train: Records) -> Figure | None:
         axes.xaxis.set_major_locator(MaxNLocator(4))
     figure.supxlabel("tokens", fontsize=10, color="#495057")
     figure.supylabel("expert", fontsize=10, color="#495057")
-    bar = figure.colorbar(image, ax=panels, shrink=0.9, aspect=30, pad=0.01, label="load ÷ balanced load")
+    shrink = min(0.9, 2 * columns / layers)  # as long as two rows are high
+    bar = figure.colorbar(image, ax=panels, shrink=shrink, aspect=25, pad=0.01, label="load ÷ balanced load")
     bar.outline.set_visible(False)
     return figure
 
@@ -183,7 +188,8 @@ def max_violation(train: Records) -> Figure | None:
         _legend(axes, ncols=2 if layers > 4 else 1, title="MoE")
     else:
         scale = matplotlib.cm.ScalarMappable(Normalize(1, layers / 0.9), LAYERS)
-        figure.colorbar(scale, ax=axes, label="MoE layer", boundaries=np.arange(0.5, layers + 1), pad=0.01)
+        ticks = np.unique(np.linspace(1, layers, 6).round())
+        figure.colorbar(scale, ax=axes, label="MoE layer", boundaries=np.arange(0.5, layers + 1), ticks=ticks, pad=0.01)
     return figure
 
 

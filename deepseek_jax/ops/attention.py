@@ -147,7 +147,9 @@ def _blockwise(q, k, v, segment_ids, scale):
 
 def _forward(q, k, v, segment_ids, scale):
     heads, block = q.shape[2], block_size(q.shape[1])
-    out, lse = _by_rows(functools.partial(_forward_rows, block=block, scale=scale), (q, k, v, segment_ids), heads, block)
+    out, lse = _by_rows(
+        functools.partial(_forward_rows, block=block, scale=scale), (q, k, v, segment_ids), heads, block
+    )
     return out, (q, k, v, segment_ids, out, lse)
 
 

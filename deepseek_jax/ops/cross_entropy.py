@@ -1,6 +1,10 @@
-"""Cross entropy in chunks of tokens: logits of the whole batch never exist, forward or backward.
+"""Cross entropy in chunks of tokens: the logits of a whole batch never exist, forward or backward.
 
-Shape letters: T tokens, D model, V vocabulary (of this shard).
+Shape letters: T tokens, D model width, V vocabulary (of this shard).
+
+With the vocabulary split over devices, each computes the partial results of its own shard, and `parallel/` joins them:
+the largest maximum, the sums rescaled to it and added, the label logits added (all but one are zero). On one device
+`cross_entropy` does the same with one shard.
 """
 
 from __future__ import annotations
@@ -9,17 +13,43 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from deepseek_jax.ops.implementation import accumulator, choose
 
-_CHUNK = 1024
+_CHUNK_LOGITS = 2**22  # logits in flight: 16 MiB of float32
+_MIN_CHUNK = 512  # every chunk adds once to the whole gradient of the head
+_LOWEST = -1e30  # stands in for the maximum of a shard that is all padding
 
 
-def cross_entropy(hidden, head, labels, *, vocab_size=None, chunk=None, implementation=None):
-    """Negative log likelihood of each label, `[T]`, float32 or wider."""
+def cross_entropy(
+    hidden: Array,
+    head: Array,
+    labels: Array,
+    *,
+    vocab_size: int | None = None,
+    chunk: int | None = None,
+    implementation: str | None = None,
+) -> Array:
+    """Negative log-likelihood of each label under `softmax(hidden @ head)`.
+
+    Args:
+      hidden: `[T, D]`, any float dtype.
+      head: `[D, V]`.
+      labels: `[T]` int32 in `[0, V)`. Elsewhere the result is meaningless: give those tokens the weight zero.
+      vocab_size: Real size of the vocabulary; columns of the head from there on are padding, without probability.
+      chunk: Tokens whose logits exist at a time; None chooses.
+      implementation: "reference" (all logits: an oracle), "chunked" (portable), or None for the best here.
+
+    Returns:
+      `[T]`, float32 or wider.
+
+    Raises:
+      ValueError: if shapes disagree, or the implementation is unknown or not supported here.
+    """
     name = choose("cross_entropy", implementation, {"chunked": None, "reference": None})
     if name == "reference":
+        _check(hidden, head, labels, chunk)
         acc = accumulator(hidden, head)
         logits = hidden.astype(acc) @ head[:, :vocab_size].astype(acc)
         return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, labels[:, None], -1)[:, 0]
@@ -27,20 +57,64 @@ def cross_entropy(hidden, head, labels, *, vocab_size=None, chunk=None, implemen
     return jnp.log(total) + top - label
 
 
-def vocab_partials(hidden, head, labels, vocab_offset=0, *, vocab_size=None, chunk=None):
-    """Maximum, sum of exponentials relative to it, and label logit of one vocabulary shard, each `[T]`."""
-    return _partials(hidden, head, labels, jnp.asarray(vocab_offset, jnp.int32), vocab_size, chunk or _CHUNK)
+def vocab_partials(
+    hidden: Array,
+    head: Array,
+    labels: Array,
+    vocab_offset: int | Array = 0,
+    *,
+    vocab_size: int | None = None,
+    chunk: int | None = None,
+) -> tuple[Array, Array, Array]:
+    """What one shard of the vocabulary contributes to the cross entropy of each token.
+
+    The maximum is a constant for differentiation: its cotangent is ignored. That is exact wherever the result does not
+    depend on it, as in `log(sum_exp) + max - label_logit`, whichever way shards are joined.
+
+    Args:
+      hidden: `[T, D]`, any float dtype.
+      head: Columns `[vocab_offset, vocab_offset + V)` of the head, `[D, V]`.
+      labels: `[T]` int32, numbered over the whole vocabulary.
+      vocab_offset: Scalar, may be traced.
+      vocab_size: Real size of the whole vocabulary; None means that no column is padding.
+      chunk: Tokens whose logits exist at a time; None chooses.
+
+    Returns:
+      Maximum logit, sum of `exp(logit - maximum)`, and logit of the label or 0 where another shard has it: each `[T]`,
+      float32 or wider.
+
+    Raises:
+      ValueError: if shapes disagree or chunk is not positive.
+    """
+    _check(hidden, head, labels, chunk)
+    chunk = min(chunk or max(_MIN_CHUNK, _CHUNK_LOGITS // head.shape[1]), hidden.shape[0])
+    return _partials(hidden, head, labels - vocab_offset, jnp.asarray(vocab_offset, jnp.int32), vocab_size, chunk)
 
 
-def _chunks(x, chunk):
-    tokens = x.shape[0]
-    chunk = min(chunk, tokens)
-    pad = -tokens % chunk
-    return jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:])
+def _check(hidden, head, labels, chunk):
+    if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[0] or labels.shape != hidden.shape[:1]:
+        raise ValueError(
+            "cross entropy needs hidden [T, D], head [D, V] and labels [T], "
+            f"not {hidden.shape}, {head.shape} and {labels.shape}"
+        )
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"cross entropy: chunk must be at least 1 token, not {chunk}")
+
+
+def _to_chunks(x, chunk):
+    """`[T, ...]` to `[T / chunk, chunk, ...]`, padded with zeros."""
+    x = jnp.pad(x, ((0, -x.shape[0] % chunk),) + ((0, 0),) * (x.ndim - 1))
+    return x.reshape(-1, chunk, *x.shape[1:])
+
+
+def _from_chunks(x, tokens):
+    return x.reshape(-1, *x.shape[2:])[:tokens]
 
 
 def _logits(hidden, head, offset, vocab_size):
-    logits = jnp.dot(hidden, head, preferred_element_type=accumulator(hidden, head))
+    """Logits of one chunk, `[chunk, V]`, padding columns at -inf."""
+    # The barrier keeps reductions out of the matmul: fused, XLA's CPU backend runs them several times slower.
+    logits = lax.optimization_barrier(jnp.dot(hidden, head, preferred_element_type=accumulator(hidden, head)))
     if vocab_size is not None:
         logits = jnp.where(offset + jnp.arange(head.shape[1]) < vocab_size, logits, -jnp.inf)
     return logits
@@ -48,22 +122,22 @@ def _logits(hidden, head, offset, vocab_size):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _partials(hidden, head, labels, offset, vocab_size, chunk):
+    """`vocab_partials` with labels numbered within the shard."""
     return _forward(hidden, head, labels, offset, vocab_size, chunk)[0]
 
 
 def _forward(hidden, head, labels, offset, vocab_size, chunk):
-    def one(_, inputs):
+    def of_chunk(_, inputs):
         hidden, labels = inputs
         logits = _logits(hidden, head, offset, vocab_size)
-        top = jnp.maximum(logits.max(-1), -1e30)
+        top = jnp.maximum(logits.max(-1), _LOWEST)
         total = jnp.exp(logits - top[:, None]).sum(-1)
-        local = labels - offset
-        inside = (local >= 0) & (local < head.shape[1])
-        label = jnp.take_along_axis(logits, jnp.where(inside, local, 0)[:, None], -1)[:, 0]
+        inside = (labels >= 0) & (labels < head.shape[1])
+        label = jnp.take_along_axis(logits, jnp.where(inside, labels, 0)[:, None], -1)[:, 0]
         return None, (top, total, jnp.where(inside, label, 0))
 
-    _, parts = lax.scan(one, None, (_chunks(hidden, chunk), _chunks(labels, chunk)))
-    top, total, label = (x.reshape(-1)[: hidden.shape[0]] for x in parts)
+    _, parts = lax.scan(of_chunk, None, (_to_chunks(hidden, chunk), _to_chunks(labels, chunk)))
+    top, total, label = (_from_chunks(x, hidden.shape[0]) for x in parts)
     return (top, total, label), (hidden, head, labels, offset, top)
 
 
@@ -71,18 +145,32 @@ def _backward(vocab_size, chunk, residuals, cotangents):
     hidden, head, labels, offset, top = residuals
     _, dtotal, dlabel = cotangents
 
-    def one(dhead, inputs):
-        hidden, labels, top, dtotal, dlabel = inputs
-        logits = _logits(hidden, head, offset, vocab_size)
-        onehot = (labels - offset)[:, None] == jnp.arange(head.shape[1])
-        dlogits = dtotal[:, None] * jnp.exp(logits - top[:, None]) + jnp.where(onehot, dlabel[:, None], 0)
-        dhidden = jnp.dot(dlogits, head.T, preferred_element_type=logits.dtype)
-        return dhead + jnp.dot(hidden.T, dlogits, preferred_element_type=logits.dtype), dhidden.astype(hidden.dtype)
+    def of_chunk(dhead, inputs):
+        hidden, *rest = inputs
+        dlogits = _dlogits(_logits(hidden, head, offset, vocab_size), *rest).astype(hidden.dtype)
+        return dhead + _dhead(hidden, dlogits, dhead.dtype), _dhidden(dlogits, head)
 
-    zero = jnp.zeros_like(head, accumulator(hidden, head))
-    inputs = tuple(_chunks(x, chunk) for x in (hidden, labels, top, dtotal, dlabel))
-    dhead, dhidden = lax.scan(one, zero, inputs)
-    return dhidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]], dhead.astype(head.dtype), None, None
+    inputs = tuple(_to_chunks(x, chunk) for x in (hidden, labels, top, dtotal, dlabel))
+    dhead, dhidden = lax.scan(of_chunk, jnp.zeros_like(head, accumulator(hidden, head)), inputs)
+    return _from_chunks(dhidden, hidden.shape[0]), dhead.astype(head.dtype), None, None
 
 
 _partials.defvjp(_forward, _backward)
+
+
+def _dlogits(logits, labels, top, dtotal, dlabel):
+    """Gradient of one chunk's logits, `[chunk, V]`."""
+    onehot = labels[:, None] == jnp.arange(logits.shape[1])
+    return dtotal[:, None] * jnp.exp(logits - top[:, None]) + jnp.where(onehot, dlabel[:, None], 0)
+
+
+def _dhidden(dlogits, head):
+    """Gradient of one chunk's hidden states, `[chunk, D]`."""
+    acc = accumulator(dlogits, head)
+    return lax.dot_general(dlogits, head, (((1,), (1,)), ((), ())), preferred_element_type=acc).astype(dlogits.dtype)
+
+
+def _dhead(hidden, dlogits, dtype):
+    """What one chunk adds to the gradient of the head, `[D, V]`."""
+    # XLA's CPU backend is slow where the first operand is transposed; the barrier makes it a plain product.
+    return jnp.dot(lax.optimization_barrier(hidden.T), dlogits, preferred_element_type=dtype)

@@ -1,6 +1,13 @@
-"""Grouped matmul: rows sorted by group, each group with its own matrix; the cost follows the rows, not the groups.
+"""Grouped matmul: rows sorted by group, one matrix per group; the cost follows the rows, not the number of groups.
 
-Shape letters: M rows, G groups, K and N the two widths of a matrix.
+Shape letters: M rows, G groups, K and N the two widths of a matrix. Group g holds the rows `[start_g, start_g +
+size_g)`; the starts are the sizes rounded up to `alignment` and summed. Rows outside every group, between groups or
+after the last, are padding: they give zero rows and zero gradients whatever they hold.
+
+The blocked implementation walks the groups and, inside each, as many tiles of rows as the group really has (a loop
+with a dynamic bound is fine here, because the derivative is written by hand). The last tile of a group hangs over into
+its neighbour; the rows that are not the group's are left as they were, so any alignment works, nothing is padded or
+gathered, and a group costs at most one tile more than its rows.
 """
 
 from __future__ import annotations
@@ -9,114 +16,163 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from deepseek_jax.ops.implementation import accumulator, choose
 
-_TILE = 128
+_MAX_TILE = 128
+_MIN_TILE = 8
 
 
-def preferred_alignment():
-    """Rows at whose multiples a dispatcher should start groups, for `grouped_matmul` to be fastest here."""
-    return _TILE
+def preferred_alignment() -> int:
+    """Rows at whose multiples a dispatcher should start groups, for `grouped_matmul` to be fastest here.
+
+    The blocked implementation gains nothing from padding, and every gather and activation around it would pay for it.
+    """
+    return 1
 
 
-def group_starts(group_sizes, alignment=1):
-    """First row of each group, `[G]` int32: sizes rounded up to `alignment`, summed exclusively."""
+def group_starts(group_sizes: Array, alignment: int = 1) -> Array:
+    """First row of each group, `[G]` int32: sizes rounded up to `alignment`, then an exclusive sum."""
     rounded = (group_sizes + alignment - 1) // alignment * alignment
     return jnp.cumsum(rounded) - rounded
 
 
-def grouped_matmul(x, w, group_sizes, *, alignment=1, implementation=None):
-    """`y[rows of group g] = x[rows of group g] @ w[g]`."""
-    obstacles = {"blocked": None, "reference": None}
-    name = choose("grouped_matmul", implementation, obstacles)
-    if name == "reference":
+def grouped_matmul(
+    x: Array, w: Array, group_sizes: Array, *, alignment: int = 1, implementation: str | None = None
+) -> Array:
+    """Multiplies each group of rows by the group's own matrix: `y[rows of g] = x[rows of g] @ w[g]`.
+
+    Args:
+      x: Rows sorted by group, `[M, K]`, any float dtype.
+      w: Matrices, `[G, K, N]`.
+      group_sizes: Rows of each group, `[G]` int32; the groups, each rounded up to `alignment`, must fit in M.
+      alignment: Groups start at multiples of this many rows; 1 means that they are contiguous.
+      implementation: "reference" (dense in G: an oracle for small sizes), "blocked" (portable), or None for the best
+        that is supported here.
+
+    Returns:
+      `[M, N]` of x's dtype, accumulated in float32 or wider; zero in padding rows. An empty group's matrix gets an
+      exactly zero gradient.
+
+    Raises:
+      ValueError: if shapes or alignment make no sense, or the implementation is unknown or not supported here.
+    """
+    if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[1] or group_sizes.shape != w.shape[:1]:
+        raise ValueError(
+            "grouped_matmul needs x [M, K], w [G, K, N] and group_sizes [G], "
+            f"not {x.shape}, {w.shape} and {group_sizes.shape}"
+        )
+    _check_alignment(alignment)
+    if choose("grouped_matmul", implementation, {"blocked": None, "reference": None}) == "reference":
         return _reference(x, w, group_sizes, alignment)
     return _blocked(x, w, group_sizes, alignment)
 
 
+def grouped_matmul_dx(dy: Array, w: Array, group_sizes: Array, *, alignment: int = 1) -> Array:
+    """Gradient for the rows: dy `[M, N]`, w `[G, K, N]` -> `dy[rows of g] @ w[g].T`, `[M, K]` of dy's dtype."""
+    _check_alignment(alignment)
+    return _tiled_rows(dy, w, group_sizes, alignment, contract=2)
+
+
+def grouped_matmul_dw(x: Array, dy: Array, group_sizes: Array, *, alignment: int = 1) -> Array:
+    """Gradient for the matrices: x `[M, K]`, dy `[M, N]` -> `x[rows of g].T @ dy[rows of g]`, `[G, K, N]`.
+
+    float32 or wider; exactly zero for an empty group.
+    """
+    _check_alignment(alignment)
+    acc = accumulator(x, dy)
+    tile = tile_rows(x.shape[0], group_sizes.shape[0])
+
+    def group(_, bounds):
+        def add_tile(t, dw):
+            first, mine = _tile(t, bounds, tile, x.shape[0])
+            xt = jnp.where(mine, lax.dynamic_slice_in_dim(x, first, tile), 0)
+            dyt = jnp.where(mine, lax.dynamic_slice_in_dim(dy, first, tile), 0)
+            # XLA's CPU backend is slow where the first operand is transposed; the barrier makes it a plain product.
+            xt = lax.optimization_barrier(xt.T)
+            return dw + jnp.dot(xt, dyt, preferred_element_type=acc)
+
+        zero = jnp.zeros_like(x, acc, shape=(x.shape[1], dy.shape[1]))
+        return None, lax.fori_loop(0, tile_count(bounds[1], tile), add_tile, zero)
+
+    return lax.scan(group, None, (group_starts(group_sizes, alignment), group_sizes))[1]
+
+
+def tile_rows(rows: int, groups: int) -> int:
+    """Rows per tile: about half of an even group, so that the last tile of each wastes little; at most 128."""
+    tile = _MAX_TILE
+    while tile > _MIN_TILE and tile * 2 * groups > rows:
+        tile //= 2
+    return min(tile, rows)
+
+
+def tile_count(size: Array, tile: int) -> Array:
+    """Tiles that a group of `size` rows costs; an empty group costs none."""
+    return (size + tile - 1) // tile
+
+
+def _check_alignment(alignment):
+    if alignment < 1:
+        raise ValueError(f"grouped_matmul: alignment must be at least 1, not {alignment}")
+
+
 def _reference(x, w, group_sizes, alignment):
+    """What grouped_matmul means: every group's matrix on every row, masked."""
     acc = accumulator(x, w)
     rows = jnp.arange(x.shape[0])
-    start = group_starts(group_sizes, alignment)
-    inside = (rows[None] >= start[:, None]) & (rows[None] < (start + group_sizes)[:, None])
-    return jnp.einsum("gm,mk,gkn->mn", inside.astype(acc), x.astype(acc), w.astype(acc)).astype(x.dtype)
+    start = group_starts(group_sizes, alignment)[:, None]
+    mine = (rows >= start) & (rows < start + group_sizes[:, None])
+    inputs = jnp.where(mine[:, :, None], x.astype(acc), 0)
+    return jnp.einsum("gmk,gkn->mn", inputs, w.astype(acc)).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _blocked(x, w, group_sizes, alignment):
-    return _by_rows(x, w, group_sizes, alignment, transpose=False)
+    return _tiled_rows(x, w, group_sizes, alignment, contract=1)
 
 
 def _blocked_forward(x, w, group_sizes, alignment):
-    return _by_rows(x, w, group_sizes, alignment, transpose=False), (x, w, group_sizes)
+    return _blocked(x, w, group_sizes, alignment), (x, w, group_sizes)
 
 
 def _blocked_backward(alignment, residuals, dy):
     x, w, group_sizes = residuals
-    return (
-        grouped_matmul_dx(dy, w, group_sizes, alignment=alignment).astype(x.dtype),
-        grouped_matmul_dw(x, dy, group_sizes, alignment=alignment).astype(w.dtype),
-        None,
-    )
+    dx = grouped_matmul_dx(dy, w, group_sizes, alignment=alignment)
+    dw = grouped_matmul_dw(x, dy, group_sizes, alignment=alignment)
+    return dx.astype(x.dtype), dw.astype(w.dtype), None
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
-def grouped_matmul_dx(dy, w, group_sizes, *, alignment=1):
-    """Gradient for the rows, `[M, K]`: `dy[rows of g] @ w[g].T`."""
-    return _by_rows(dy, w, group_sizes, alignment, transpose=True)
+def _tile(t, bounds, tile, rows):
+    """First row of a group's t-th tile, and which of its rows are the tile's own: int32 and bool `[tile, 1]`."""
+    start, size = bounds
+    wanted = start + t * tile
+    first = jnp.minimum(wanted, rows - tile)  # a tile that would pass the end starts earlier, on rows it leaves alone
+    row = first + jnp.arange(tile)
+    return first, ((row >= wanted) & (row < start + size))[:, None]
 
 
-def grouped_matmul_dw(x, dy, group_sizes, *, alignment=1):
-    """Gradient for the matrices, `[G, K, N]`: `x[rows of g].T @ dy[rows of g]`, zero for an empty group."""
-    rows = x.shape[0]
-    acc = accumulator(x, dy)
-    x, dy = _pad(x), _pad(dy)
-    start = group_starts(group_sizes, alignment)
-
-    def group(_, inputs):
-        start, size = inputs
-
-        def tile(t, dw):
-            first = start + t * _TILE
-            keep = (jnp.arange(_TILE) < size - t * _TILE)[:, None]
-            xt = jnp.where(keep, lax.dynamic_slice_in_dim(x, first, _TILE), 0)
-            dyt = jnp.where(keep, lax.dynamic_slice_in_dim(dy, first, _TILE), 0)
-            return dw + lax.dot_general(xt, dyt, (((0,), (0,)), ((), ())), preferred_element_type=acc)
-
-        zero = jnp.zeros_like(x, acc, shape=(x.shape[1], dy.shape[1])) + jnp.zeros_like(start, acc)
-        return None, lax.fori_loop(0, (size + _TILE - 1) // _TILE, tile, zero)
-
-    del rows
-    return lax.scan(group, None, (start, group_sizes))[1]
-
-
-def _pad(x):
-    return jnp.pad(x, ((0, _TILE), (0, 0)))
-
-
-def _by_rows(x, w, group_sizes, alignment, transpose):
-    """`[M, K] x [G, K, N] -> [M, N]`, or with `transpose` `[M, N] x [G, K, N] -> [M, K]`."""
-    rows = x.shape[0]
+def _tiled_rows(x, w, group_sizes, alignment, contract):
+    """Every group's rows times its matrix, over axis `contract` of w `[G, K, N]`: `[M, N]` for 1, `[M, K]` for 2."""
     acc = accumulator(x, w)
-    x = _pad(x)
-    start = group_starts(group_sizes, alignment)
-    contract = 1 if transpose else 0
-    out = jnp.zeros_like(x, shape=(x.shape[0], w.shape[2 - contract])) + jnp.zeros_like(w, x.dtype, shape=())
+    rows = x.shape[0]
+    tile = tile_rows(rows, w.shape[0])
 
     def group(out, inputs):
-        start, size, wg = inputs
+        *bounds, matrix = inputs
 
-        def tile(t, out):
-            first = start + t * _TILE
-            keep = (jnp.arange(_TILE) < size - t * _TILE)[:, None]
-            xt = jnp.where(keep, lax.dynamic_slice_in_dim(x, first, _TILE), 0)
-            y = lax.dot_general(xt, wg, (((1,), (contract,)), ((), ())), preferred_element_type=acc)
-            return lax.dynamic_update_slice_in_dim(out, y.astype(out.dtype), first, 0)
+        def put_tile(t, out):
+            first, mine = _tile(t, bounds, tile, rows)
+            xt = lax.dynamic_slice_in_dim(x, first, tile)
+            dimensions = (((1,), (contract - 1,)), ((), ()))
+            y = lax.dot_general(xt, matrix, dimensions, preferred_element_type=acc).astype(out.dtype)
+            y = jnp.where(mine, y, lax.dynamic_slice_in_dim(out, first, tile))
+            return lax.dynamic_update_slice_in_dim(out, y, first, 0)
 
-        return lax.fori_loop(0, (size + _TILE - 1) // _TILE, tile, out), None
+        return lax.fori_loop(0, tile_count(bounds[1], tile), put_tile, out), None
 
-    return lax.scan(group, out, (start, group_sizes, w))[0][:rows]
+    out = jnp.zeros_like(x, shape=(rows, w.shape[3 - contract]))
+    return lax.scan(group, out, (group_starts(group_sizes, alignment), group_sizes, w))[0]

@@ -24,7 +24,7 @@ from deepseek_jax.parallel.placement import place
 from deepseek_jax.parallel.sharding import BATCH_SPEC
 from deepseek_jax.planning.flops import training_flops_per_token
 from deepseek_jax.training import canonical
-from deepseek_jax.training.checkpoint import CheckpointError, CheckpointStore, check_compatible
+from deepseek_jax.training.checkpoint import CheckpointStore, check_compatible
 from deepseek_jax.training.experiment import Experiment
 from deepseek_jax.training.finish import HeldoutEvaluator, finish_run
 from deepseek_jax.training.metrics import MetricsWriter
@@ -116,7 +116,7 @@ def train(
     )
     identity = {"model": to_dict(experiment.model), "tokenizer_fingerprint": tokenizer.fingerprint()}
     if resume:
-        state, step, tokens = _restore(store, trainer, rows, identity)
+        state, step, tokens = _restore(store, trainer, rows, identity, experiment.seed)
     else:
         state, step, tokens = trainer.initial_state(experiment.seed), 0, 0
 
@@ -327,11 +327,12 @@ def _tokenizer(experiment: Experiment, folder: epath.Path, resume: bool) -> Toke
     return tokenizer
 
 
-def _restore(store: CheckpointStore, trainer: Trainer, rows, identity: dict) -> tuple[TrainState, int, int]:
-    """The newest checkpoint's state, step and tokens; moves `rows` to where it was."""
+def _restore(store: CheckpointStore, trainer: Trainer, rows, identity: dict, seed: int) -> tuple[TrainState, int, int]:
+    """The newest checkpoint's state, step and tokens, `rows` set to where it was; without a checkpoint, the beginning."""
     step = store.latest_step()
     if step is None:
-        raise CheckpointError(f"--resume: there is no checkpoint in {store.directory}; start without --resume")
+        # Stopped before its first checkpoint: what the seed gave it then, it gives it now.
+        return trainer.initial_state(seed), 0, 0
     documents = store.documents(step)
     meta = documents["meta"]
     check_compatible(meta, json.loads(json.dumps(identity)), source=f"checkpoint {step} in {store.directory}")

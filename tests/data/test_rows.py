@@ -45,7 +45,7 @@ def all_documents(config, tokenizer, **options) -> list[np.ndarray]:
     """Every document of a finite run, put together again from its shard's rows, without bos and eos."""
     iterator = train_rows(config, tokenizer, seed=0, **options)
     streams = [[] for _ in range(config.virtual_shards)]
-    for number in itertools.count():
+    for number in range(10_000):
         try:
             row = iterator.next_batch(1)
         except StopIteration:
@@ -154,6 +154,7 @@ def test_the_end_on_one_host(config, tokenizer):
     finite = dataclasses.replace(config, epochs=1)
     iterator, labels, steps = train_rows(finite, tokenizer, seed=0), 0, 0
     while not iterator.exhausted:
+        assert steps < 1000, "the last epoch does not end"
         state = iterator.get_state()
         batch = iterator.next_batch(8)
         labels, steps = labels + batch["loss_mask"].sum(), steps + 1
@@ -176,8 +177,11 @@ def test_the_end_on_one_host(config, tokenizer):
 def test_the_end_on_several_hosts_is_padding(config, tokenizer):
     finite = dataclasses.replace(config, epochs=1, sequence_length=31)
     iterator = train_rows(finite, tokenizer, seed=0, host_index=1, host_count=2)
-    while not iterator.exhausted:
+    for _ in range(1000):
         assert iterator.next_batch(2)["tokens"].shape == (1, 32)
+        if iterator.exhausted:
+            break
+    assert iterator.exhausted
     assert not iterator.next_batch(4)["loss_mask"].any()
 
 

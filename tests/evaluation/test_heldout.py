@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -47,8 +48,8 @@ def test_a_uniform_model_needs_log2_of_the_vocabulary_per_token():
 
 @given(
     texts=st.lists(st.text(max_size=12), min_size=1, max_size=6).filter(any),
-    length=st.integers(1, 9),
-    rows=st.integers(1, 4),
+    length=st.sampled_from((1, 3, 8)),
+    rows=st.sampled_from((1, 3)),
     add_bos=st.booleans(),
 )
 def test_every_token_is_predicted_once_from_what_stands_before_it(texts, length, rows, add_bos):
@@ -67,7 +68,7 @@ def test_every_token_is_predicted_once_from_what_stands_before_it(texts, length,
                 if weights[row, i]:
                     seen.append((batch.tokens[row, i], labels[row, i]))
                     assert batch.positions[row, i] == i
-    assert seen == list(zip(stream[:-1], stream[1:], strict=True))
+    assert seen == list(itertools.pairwise(stream))
     assert prepared.tokens == len(stream) - 1
 
 

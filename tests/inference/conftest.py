@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from deepseek_jax.config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
-from deepseek_jax.inference.binding import bind, create
-from deepseek_jax.model.parameters import RouterBias, values
+from deepseek_jax.model.parameters import RouterBias, abstract_values, parameter_specs
 from deepseek_jax.model.transformer import Transformer
-from deepseek_jax.tree import map_leaves
+from deepseek_jax.tree import flatten, unflatten
 
 CONFIG = ModelConfig(
     vocab_size=53,
@@ -36,21 +36,19 @@ CONFIG = ModelConfig(
 )
 
 
-def without_query_compression(config: ModelConfig = CONFIG) -> ModelConfig:
-    return dataclasses.replace(config, attention=dataclasses.replace(config.attention, q_lora_rank=None, yarn=None))
-
-
 def lively_model(config: ModelConfig, dtype, seed: int = 0) -> Transformer:
-    """Initial weights, and router biases that change which experts and groups are chosen; some scores go negative."""
-    model = create(config, seed, dtype=dtype)
+    """Random weights, norms and router biases; with these biases some scores go negative and many choices change."""
+    model = Transformer(config)
     rng = np.random.default_rng(seed)
-    bias = map_leaves(lambda b: jnp.asarray(rng.normal(0, 0.5, b.shape), b.dtype), values(model, RouterBias))
-    # Back in the run-time form, with the dimension of stages.
-    params, bias = (
-        {k: map_leaves(lambda x: x[None], v) if k in ("dense", "moe", "mtp") else v for k, v in tree.items()}
-        for tree in (values(model), bias)
-    )
-    return bind(config, params, bias)
+
+    around = {"normal": (0, config.init_std), "ones": (1, 0.2), "zeros": (0, 0.5)}
+    flat = {}
+    for kind in (nnx.Param, RouterBias):
+        specs = flatten(parameter_specs(model, kind))
+        for name, value in flatten(abstract_values(model, kind)).items():
+            mean, std = around[specs[name].initializer]
+            flat[name] = jnp.asarray(rng.normal(mean, std, value.shape), dtype)
+    return nnx.merge(nnx.graphdef(model), unflatten(flat))
 
 
 @pytest.fixture(scope="session")

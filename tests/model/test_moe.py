@@ -1,12 +1,14 @@
 """The MoE layer (equations 12-15) against loops over tokens and experts, and its gradients against a dense form."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import ModelConfig, MoEConfig
 from deepseek_jax.model.context import LayerContext
 from deepseek_jax.model.moe import MoE
 from deepseek_jax.model.router import combine_weights, router_scores, select_experts, sequence_balance_loss
@@ -23,9 +25,9 @@ CONFIGS = {
 BATCH, LENGTH = 2, 5
 
 
-def context(config: ModelConfig, alignment: int = 4, **changes) -> LayerContext:
+def context(moe: MoEConfig, **changes) -> LayerContext:
     unused = jnp.zeros(0)
-    return LayerContext(unused, unused, LocalDispatcher(config.moe.num_experts, alignment), **changes)
+    return LayerContext(unused, unused, LocalDispatcher(moe.num_experts, alignment=4), **changes)
 
 
 def draw(config: ModelConfig, seed: int = 0):
@@ -38,6 +40,13 @@ def draw(config: ModelConfig, seed: int = 0):
         values["router.bias"][-1] = -10
     x = rng.normal(size=(BATCH, LENGTH, config.hidden_size))
     return nnx.graphdef(module), values, x
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "from_routed"))
+def layer(graphdef, values, x, valid=None, *, from_routed=False):
+    module = nnx.merge(graphdef, unflatten(values))
+    ctx = context(module.router.config, valid=valid, balance_from_routed=from_routed)
+    return module(x, ctx), module.router(x.reshape(-1, x.shape[-1]))
 
 
 def silu(x):
@@ -54,7 +63,7 @@ def ffn(x, gate_up, down):
 def test_layer_equals_a_loop_over_tokens_and_experts(config):
     graphdef, values, x = draw(config)
     with jax.enable_x64(True):
-        out = nnx.merge(graphdef, jax.tree.map(jnp.asarray, unflatten(values)))(jnp.asarray(x), context(config))
+        out, _ = layer(graphdef, values, x)
         scores = router_scores(jnp.asarray(x.reshape(-1, x.shape[-1]) @ values["router.weight"]), config.moe)
         experts = select_experts(scores, values.get("router.bias"), config.moe)
         weights = combine_weights(scores, experts, config.moe)
@@ -80,7 +89,7 @@ def test_gradients_equal_those_of_a_dense_layer(config):
 
     def grouped(values, x):
         state = {**values} if bias is None else {**values, "router.bias": jnp.asarray(bias)}
-        out = nnx.merge(graphdef, unflatten(state))(x, context(config))
+        out = nnx.merge(graphdef, unflatten(state))(x, context(config.moe))
         return (out.y * cotangent).sum()
 
     def dense(values, x):
@@ -110,32 +119,28 @@ def test_gradients_equal_those_of_a_dense_layer(config):
 
 
 def test_padding_is_left_out_of_load_and_balance_loss():
-    config = CONFIGS["v3"]
-    graphdef, values, x = draw(config)
+    config = CONFIGS["v3"].moe
+    graphdef, values, x = draw(CONFIGS["v3"])
     valid = np.ones((BATCH, LENGTH), bool)
     valid[1, 2:] = False
     with jax.enable_x64(True):
-        module = nnx.merge(graphdef, jax.tree.map(jnp.asarray, unflatten(values)))
-        out = module(jnp.asarray(x), context(config, valid=jnp.asarray(valid)))
-        first = module(jnp.asarray(x[:1]), context(config))
-        second = module(jnp.asarray(x[1:, :2]), context(config))
-    assert out.load.tolist() == (first.load + second.load).tolist()
-    np.testing.assert_allclose(out.balance_loss, float(first.balance_loss) + float(second.balance_loss), rtol=1e-9)
-    np.testing.assert_allclose(out.y[1, :2], second.y[0], rtol=1e-9)
+        out, (scores, routing) = layer(graphdef, values, x, valid)
+        unmasked, _ = layer(graphdef, values, x)
+        balance = sequence_balance_loss(scores.reshape(BATCH, LENGTH, -1), None, config, valid)
+    chosen = np.asarray(routing.experts)[valid.ravel()]
+    assert out.load.tolist() == np.bincount(chosen.ravel(), minlength=config.num_experts).tolist()
+    np.testing.assert_allclose(out.balance_loss, balance, rtol=1e-9)
+    assert abs(float(out.balance_loss) - float(unmasked.balance_loss)) > 1e-3
+    np.testing.assert_allclose(out.y, unmasked.y, rtol=1e-9)
 
 
 def test_the_balance_loss_can_follow_the_routed_experts():
-    config = CONFIGS["v3"]
-    graphdef, values, x = draw(config)
+    config = CONFIGS["v3"].moe
+    graphdef, values, x = draw(CONFIGS["v3"])
     with jax.enable_x64(True):
-        module = nnx.merge(graphdef, jax.tree.map(jnp.asarray, unflatten(values)))
-        raw, routed = (
-            float(module(jnp.asarray(x), context(config, balance_from_routed=switch)).balance_loss)
-            for switch in (False, True)
-        )
-        scores, routing = module.router(jnp.asarray(x.reshape(-1, x.shape[-1])))
-        expected = sequence_balance_loss(
-            scores.reshape(BATCH, LENGTH, -1), routing.experts.reshape(BATCH, LENGTH, -1), config.moe
-        )
-    np.testing.assert_allclose(routed, float(expected), rtol=1e-9)
-    assert routed != raw
+        raw, _ = layer(graphdef, values, x)
+        routed, (scores, routing) = layer(graphdef, values, x, from_routed=True)
+        shape = (BATCH, LENGTH, -1)
+        expected = sequence_balance_loss(scores.reshape(shape), routing.experts.reshape(shape), config)
+    np.testing.assert_allclose(routed.balance_loss, expected, rtol=1e-9)
+    assert float(routed.balance_loss) != float(raw.balance_loss)

@@ -38,9 +38,9 @@ def weights(model: Transformer, seed: int = 0):
     return {kind: _merge(tree, biases.get(kind)) for kind, tree in params.items()}
 
 
-def finish(model: Transformer, params, batch: Microbatch, **options):
+def finish(model: Transformer, params, batch: Microbatch):
     """Runs the whole staged model on one microbatch."""
-    run = staged_model(model, **options)
+    run = staged_model(model)
     ctx = run.context(batch)
     x = run.embed(params, batch)
     for kind, layer in run.layers.items():
@@ -78,8 +78,10 @@ def test_alignment_on_packed_documents():
         seen.append((np.asarray(embedding[0, :, 0], int), np.asarray(ctx.valid[0])))
         return hidden, jnp.zeros(()), jnp.zeros(CONFIG.moe.num_experts, jnp.int32)
 
+    run = staged_model(model)
+    hidden = jnp.zeros((1, 8, CONFIG.hidden_size))
     with mock.patch.object(mtp.MTPModule, "__call__", record):
-        finish(model, params, batch)
+        run.finish(params, hidden, batch, run.context(batch), SCALES)
 
     length = row.shape[1] - 1
     header = "i  segment  reads   main: label w within   mtp 1: input label w within   mtp 2: input label w within"
@@ -159,6 +161,7 @@ def test_the_projection_takes_the_embedding_first():
     batch = full(CONFIG, 1, 4)
     ctx = staged_model(model).context(jax.tree.map(jnp.asarray, batch))
 
+    @jax.jit
     def run(projection, embedding):
         layer = jax.tree.map(lambda leaf: leaf[0], params["mtp"] | {"projection": {"weight": projection}})
         return staged._bind(model.mtp, layer)(hidden, embedding, ctx)[0]

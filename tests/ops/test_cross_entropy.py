@@ -1,0 +1,119 @@
+"""`ops.cross_entropy` and `ops.vocab_partials`: exact, in shards or whole, without `[T, V]`."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax import ops
+
+
+def problem(tokens, vocab, *, labels_below=None, width=6, dtype=jnp.float64):
+    rng = np.random.default_rng(0)
+    hidden, head, g = (jnp.asarray(rng.standard_normal(s), dtype) for s in ((tokens, width), (width, vocab), (tokens,)))
+    return hidden, head, jnp.asarray(rng.integers(0, labels_below or vocab, tokens), jnp.int32), g
+
+
+def value_and_gradients(f, hidden, head, g):
+    def loss(hidden, head):
+        nll = f(hidden, head)
+        return (nll * g).sum(), nll
+
+    (_, nll), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(hidden, head)
+    return nll, *gradients
+
+
+def assert_equal(got, wanted):
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("vocab_size", [None, 41])
+@pytest.mark.parametrize(("tokens", "chunk"), [(77, 16), (77, None), (1, 4), (64, 64)])
+def test_chunked_is_the_reference(tokens, chunk, vocab_size):
+    with jax.enable_x64(True):
+        hidden, head, labels, g = problem(tokens, 50, labels_below=41)
+
+        def run(name):
+            def f(hidden, head):
+                return ops.cross_entropy(hidden, head, labels, vocab_size=vocab_size, chunk=chunk, implementation=name)
+
+            return value_and_gradients(f, hidden, head, g)
+
+        got = run("chunked")
+        assert_equal(got, run("reference"))
+        if vocab_size is not None:
+            assert not np.asarray(got[2])[:, vocab_size:].any(), "padding columns get no gradient"
+
+
+@pytest.mark.parametrize("shards", [2, 4])
+def test_shards_of_the_vocabulary_equal_the_whole(shards):
+    with jax.enable_x64(True):
+        hidden, head, labels, g = problem(33, 48, labels_below=35)
+        size = head.shape[1] // shards
+
+        def joined(hidden, head):
+            parts = []
+            for start in range(0, head.shape[1], size):  # of four, the last shard is nothing but padding
+                shard = head[:, start : start + size]
+                parts.append(ops.vocab_partials(hidden, shard, labels, jnp.int32(start), vocab_size=35, chunk=8))
+            tops, sums, label_logits = (jnp.stack(p) for p in zip(*parts, strict=True))
+            top = jax.lax.stop_gradient(tops.max(0))
+            return jnp.log((sums * jnp.exp(tops - top)).sum(0)) + top - label_logits.sum(0)
+
+        def whole(hidden, head):
+            return ops.cross_entropy(hidden, head, labels, vocab_size=35, implementation="reference")
+
+        assert_equal(value_and_gradients(joined, hidden, head, g), value_and_gradients(whole, hidden, head, g))
+
+
+def test_partials_are_what_their_names_say():
+    with jax.enable_x64(True):
+        hidden, head, labels, _ = problem(20, 30)
+        top, total, label = ops.vocab_partials(hidden, head[:, 10:20], labels, 10, chunk=7)
+        logits = np.asarray(hidden @ head)
+        np.testing.assert_allclose(top, logits[:, 10:20].max(1), rtol=1e-12)
+        np.testing.assert_allclose(total, np.exp(logits[:, 10:20] - np.asarray(top)[:, None]).sum(1), rtol=1e-12)
+        inside = (labels >= 10) & (labels < 20)
+        np.testing.assert_allclose(label, np.where(inside, logits[np.arange(20), labels], 0), rtol=1e-12)
+
+
+def test_a_token_without_weight_gives_no_gradient():
+    hidden, head, labels, g = problem(20, 30, dtype=jnp.float32)
+    labels, g = labels.at[:5].set(-1), g.at[:5].set(0)
+    _, dhidden, dhead = value_and_gradients(lambda h, w: ops.cross_entropy(h, w, labels), hidden, head, g)
+    assert not np.asarray(dhidden)[:5].any()
+    without = value_and_gradients(lambda h, w: ops.cross_entropy(h, w, labels[5:]), hidden[5:], head, g[5:])
+    np.testing.assert_allclose(dhead, without[2], rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_gives_a_float32_loss():
+    hidden, head, labels, g = problem(64, 50, dtype=jnp.bfloat16)
+    nll, dhidden, dhead = value_and_gradients(lambda h, w: ops.cross_entropy(h, w, labels, chunk=16), hidden, head, g)
+    assert (nll.dtype, dhidden.dtype, dhead.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
+    wanted = ops.cross_entropy(hidden, head, labels, implementation="reference")
+    np.testing.assert_allclose(nll, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [4096, 4099])
+def test_logits_never_exist_whole(tokens):
+    vocab = 3001
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((tokens, 16), (16, vocab))]
+    labels = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    loss = jax.grad(lambda h, w, labels: ops.cross_entropy(h, w, labels, chunk=256).sum(), argnums=(0, 1))
+    program = jax.jit(loss).lower(*shapes, labels).compile()
+    for shape in re.findall(r"\w\d+\[([\d,]+)\]", program.as_text()):
+        assert np.prod([int(s) for s in shape.split(",")]) < tokens * vocab / 8, shape
+    assert program.memory_analysis().temp_size_in_bytes < tokens * vocab * 4 / 2
+
+
+def test_bad_arguments_say_what_would_be_valid():
+    hidden, head, labels, _ = problem(8, 10, dtype=jnp.float32)
+    with pytest.raises(ValueError, match="chunked, reference"):
+        ops.cross_entropy(hidden, head, labels, implementation="fused")
+    with pytest.raises(ValueError, match=r"labels \[T\]"):
+        ops.cross_entropy(hidden, head, labels[:3])
+    with pytest.raises(ValueError, match="chunk must be at least 1"):
+        ops.vocab_partials(hidden, head, labels, chunk=0)

@@ -1,0 +1,123 @@
+"""`ops.grouped_matmul`: exact for every layout of groups, at a cost that follows the rows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax import ops
+from deepseek_jax.ops.grouped_matmul import group_starts, tile_count, tile_rows
+
+SIZES = {
+    "uneven, some empty": [0, 130, 1, 0, 255, 7],
+    "all in one": [0, 0, 393, 0],
+    "all empty": [0, 0, 0],
+    "a row each": [1, 1, 1, 1, 1, 1, 1, 1],
+    "even": [64, 64, 64, 64],
+}
+
+
+def problem(sizes, alignment, *, spare=5, k=6, n=4, dtype=jnp.float64):
+    """x with garbage in its padding rows, w, sizes, a cotangent, and which rows are real."""
+    rng = np.random.default_rng(0)
+    sizes = np.asarray(sizes, np.int32)
+    rows = int((-(-sizes // alignment) * alignment).sum()) + spare
+    starts = np.asarray(group_starts(jnp.asarray(sizes), alignment))
+    real = np.zeros(rows, bool)
+    for start, size in zip(starts, sizes, strict=True):
+        real[start : start + size] = True
+    x, w, g = (jnp.asarray(rng.standard_normal(s), dtype) for s in ((rows, k), (len(sizes), k, n), (rows, n)))
+    return x, w, jnp.asarray(sizes), g, real
+
+
+def value_and_gradients(name, x, w, sizes, g, alignment):
+    def f(x, w):
+        y = ops.grouped_matmul(x, w, sizes, alignment=alignment, implementation=name)
+        return (y * g).sum(), y
+
+    (_, y), gradients = jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(x, w)
+    return y, *gradients
+
+
+@pytest.mark.parametrize("alignment", [1, 8, 128])
+@pytest.mark.parametrize("name", SIZES)
+def test_blocked_is_the_reference(name, alignment):
+    with jax.enable_x64(True):
+        x, w, sizes, g, real = problem(SIZES[name], alignment)
+        got = value_and_gradients("blocked", x, w, sizes, g, alignment)
+        for a, b in zip(got, value_and_gradients("reference", x, w, sizes, g, alignment), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
+        y, dx, dw = got
+        assert not np.asarray(y)[~real].any(), "padding rows give zero whatever they hold"
+        assert not np.asarray(dx)[~real].any()
+        assert not np.asarray(dw)[np.asarray(sizes) == 0].any(), "an empty group has an exactly zero gradient"
+
+
+def test_reference_by_hand():
+    x, w, sizes, _, _ = problem([2, 0, 3], 4, dtype=jnp.float32)
+    y = ops.grouped_matmul(x, w, sizes, alignment=4, implementation="reference")
+    np.testing.assert_allclose(y[:2], x[:2] @ w[0], rtol=1e-5)
+    np.testing.assert_allclose(y[4:7], x[4:7] @ w[2], rtol=1e-5)
+    assert not np.asarray(y)[[2, 3, *range(7, len(y))]].any()
+
+
+def test_input_and_weight_gradients_stand_alone():
+    with jax.enable_x64(True):
+        x, w, sizes, g, _ = problem(SIZES["uneven, some empty"], 8)
+        _, dx, dw = value_and_gradients("reference", x, w, sizes, g, 8)
+        np.testing.assert_allclose(ops.grouped_matmul_dx(g, w, sizes, alignment=8), dx, rtol=1e-11, atol=1e-12)
+        np.testing.assert_allclose(ops.grouped_matmul_dw(x, g, sizes, alignment=8), dw, rtol=1e-11, atol=1e-12)
+
+
+def test_bfloat16_in_bfloat16_out():
+    x, w, sizes, g, _ = problem(SIZES["uneven, some empty"], 1, dtype=jnp.bfloat16)
+    got = value_and_gradients("blocked", x, w, sizes, g, 1)
+    assert all(a.dtype == jnp.bfloat16 for a in got)
+    wanted = value_and_gradients("reference", *(a.astype(jnp.float32) for a in (x, w)), sizes, g.astype(jnp.float32), 1)
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.02 * float(jnp.abs(b).max()))
+
+
+def dot_flops_inside_loops(jaxpr):
+    """FLOPs of every matmul of a program, each counted once however often its loop runs."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (left, _), _ = equation.params["dimension_numbers"]
+            contracted = np.prod([equation.invars[0].aval.shape[d] for d in left])
+            total += 2 * contracted * np.prod(equation.outvars[0].aval.shape)
+        for sub in jax.core.jaxprs_in_params(equation.params):
+            total += dot_flops_inside_loops(sub)
+    return total
+
+
+@pytest.mark.parametrize("groups", [8, 32, 64, 128])
+def test_cost_follows_the_rows(groups):
+    rows, k, n = 16384, 32, 16
+    tile = tile_rows(rows, groups)
+    x, w = jnp.zeros((rows, k)), jnp.zeros((groups, k, n))
+    sizes = jnp.asarray(np.random.default_rng(0).multinomial(rows, np.ones(groups) / groups), jnp.int32)
+    loss = jax.grad(lambda x, w: ops.grouped_matmul(x, w, sizes, implementation="blocked").sum() ** 2, argnums=(0, 1))
+    # One tile forward, one for dx, one for dw: the only matmuls in the program, whatever the number of groups.
+    assert dot_flops_inside_loops(jax.make_jaxpr(loss)(x, w).jaxpr) == 3 * 2 * tile * k * n
+    # And the loops run for the rows there are: this count is their bound.
+    assert int(tile_count(sizes, tile).sum()) * tile <= 1.5 * rows
+
+
+def test_an_empty_group_runs_no_tile():
+    assert tile_count(np.asarray([0, 1, 128, 129]), 128).tolist() == [0, 1, 1, 2]
+
+
+def test_tiles_shrink_with_the_groups_and_never_exceed_the_rows():
+    assert [tile_rows(16384, g) for g in (8, 32, 64, 128)] == [128, 128, 128, 64]
+    assert tile_rows(5, 2) == 5
+
+
+def test_bad_arguments_say_what_would_be_valid():
+    x, w, sizes, _, _ = problem([2, 3], 1, dtype=jnp.float32)
+    with pytest.raises(ValueError, match="blocked, reference"):
+        ops.grouped_matmul(x, w, sizes, implementation="ragged")
+    with pytest.raises(ValueError, match=r"w \[G, K, N\]"):
+        ops.grouped_matmul(x, w.swapaxes(1, 2), sizes)
+    with pytest.raises(ValueError, match="alignment must be at least 1"):
+        ops.grouped_matmul(x, w, sizes, alignment=0)

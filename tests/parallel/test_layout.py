@@ -1,0 +1,111 @@
+"""Canonical names, the division of layers into stages, and the table of shardings."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from deepseek_jax import zoo
+from deepseek_jax.config import ConfigError
+from deepseek_jax.model.parameters import parameter_specs
+from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.parallel.mesh import AXES, ParallelConfig, make_mesh, mesh_of
+from deepseek_jax.parallel.placement import ParameterLayout, place
+from deepseek_jax.parallel.sharding import mesh_axes_of, partition_spec
+from deepseek_jax.tree import flatten, unflatten
+from small_model import small
+
+
+def one_device(config) -> ParameterLayout:
+    mesh = mesh_of(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1))
+    return ParameterLayout(parameter_specs(Transformer(config)), place(config), mesh)
+
+
+BLOCK = [
+    "attention_norm.scale",
+    *(f"attention.{name}.weight" for name in ("q_a", "q_b", "kv_a", "kv_b", "o")),
+    *(f"attention.{name}.scale" for name in ("q_a_norm", "kv_a_norm")),
+    "ffn_norm.scale",
+]
+DENSE = ["ffn.gate_up.weight", "ffn.down.weight"]
+MOE = ["ffn.router.weight", "ffn.experts.gate_up", "ffn.experts.down", *(f"ffn.shared.{n[4:]}" for n in DENSE)]
+MTP = [*(f"block.{n}" for n in BLOCK + MOE), "embedding_norm.scale", "hidden_norm.scale", "projection.weight"]
+
+
+def test_canonical_names():
+    names = {"embedding.weight", "final_norm.scale", "head.weight"}
+    names |= {f"layers.0.{n}" for n in BLOCK + DENSE}
+    names |= {f"layers.{i}.{n}" for i in (1, 2) for n in BLOCK + MOE}
+    names |= {f"mtp.0.{n}" for n in [*MTP, "final_norm.scale"]}
+    layout = one_device(small())
+    assert set(layout.canonical()) == names
+    # On disk there are no stacks: each entry has the shape of one layer's parameter.
+    assert layout.canonical()["layers.2.ffn.experts.down"].shape == (8, 16, 24)
+    assert layout.abstract()["moe"]["ffn"]["experts"]["down"].shape == (1, 2, 8, 16, 24)
+
+
+def test_stack_and_unstack_are_inverse_bit_for_bit():
+    layout = one_device(small())
+    tree = layout.initial(0)
+    arrays = layout.unstack(tree)
+    again = flatten(layout.stack(arrays))
+    for name, value in flatten(tree).items():
+        np.testing.assert_array_equal(again[name], value, err_msg=name)
+
+
+def test_initial_values_follow_the_declarations():
+    layout = one_device(small(hidden_size=96, init_std=0.006))
+    arrays = layout.unstack(layout.initial(0))
+    for name, value in arrays.items():
+        if name.endswith("scale"):
+            np.testing.assert_array_equal(value, 1)
+        else:
+            assert float(value.std()) == pytest.approx(0.006, rel=0.15), name
+            assert abs(float(value.mean())) < 0.001, name
+    # Layers differ, and another seed gives other weights.
+    assert (arrays["layers.1.attention.o.weight"] != arrays["layers.2.attention.o.weight"]).all()
+    other = layout.unstack(layout.initial(1))
+    assert (arrays["layers.1.attention.o.weight"] != other["layers.1.attention.o.weight"]).all()
+
+
+def test_v3_in_sixteen_stages():
+    placement = place(zoo.deepseek_v3(), stages=16)
+    held = [sum(len(placement.stages[kind][stage]) for kind in ("dense", "moe")) for stage in range(16)]
+    assert sum(held) == 61
+    assert max(held) - min(held) == 1
+    assert [len(stage) for stage in placement.stages["dense"]] == [3] + [0] * 15
+    assert [len(stage) for stage in placement.stages["mtp"]] == [0] * 15 + [1]
+    names = [name for kind in ("dense", "moe") for _, _, name in placement.layers(kind)]
+    assert names == [f"layers.{i}" for i in range(61)]
+
+
+def test_stages_must_hold_every_layer():
+    with pytest.raises(ConfigError, match="hold 5, the model has 3"):
+        place(small(), (3, 2))
+    with pytest.raises(ConfigError, match="4 stages are more than the model's 3 layers"):
+        place(small(), stages=4)
+
+
+def test_logical_axes_map_to_the_mesh():
+    assert partition_spec(("stage", "slot", "expert", "embed", "expert_ffn")) == P("pipe", None, ("node", "expert"), None, None)
+    assert partition_spec(("batch", None)) == P(("data", "node", "expert"), None)
+    assert mesh_axes_of(partition_spec(("stage", "slot", "expert"))) == {"pipe", "node", "expert"}
+    with pytest.raises(ValueError, match="two dimensions on mesh axis"):
+        partition_spec(("batch", "expert"))
+    with pytest.raises(ValueError, match="unknown logical axis 'head'"):
+        partition_spec(("head",))
+
+
+def test_the_mesh_has_four_axes_and_must_fit_the_devices():
+    mesh = make_mesh(ParallelConfig(), jax.devices()[:1])
+    assert mesh.axis_names == AXES == ("pipe", "data", "node", "expert")
+    with pytest.raises(ConfigError, match="needs 3 devices, there are 1; change parallel.data"):
+        make_mesh(ParallelConfig(data=3), jax.devices()[:1])
+    with pytest.raises(ConfigError, match=r"parallel.pipe=2 is not available yet"):
+        ParallelConfig(pipe=2)
+
+
+def test_flatten_and_unflatten_are_inverse():
+    tree = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
+    assert flatten(tree) == {"a.b": 1, "a.c.d": 2, "e": 3}
+    assert unflatten(flatten(tree)) == tree
