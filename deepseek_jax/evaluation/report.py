@@ -237,7 +237,9 @@ def _samples(run: _Run) -> str:
 
 
 def _machine(run: _Run) -> str:
-    shown = {name: run.result[name] for name in ("command", "step", "machine", "versions") if name in run.result}
+    shown: dict[str, Any] = {
+        name: run.result[name] for name in ("command", "step", "machine", "versions") if name in run.result
+    }
     rows = [(path, value) for path, value in _flat(shown)]
     if not rows:
         return "<h2>Command, machine and versions</h2>" + _missing("the machine")

@@ -34,12 +34,14 @@ def top_p_mask(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
     Of equally likely tokens the lower ids come first, and no more of them are kept than needed.
     """
     probabilities = jax.nn.softmax(logits, axis=-1)
-    order = jnp.argsort(-probabilities, axis=-1, stable=True)
-    falling = jnp.take_along_axis(probabilities, order, axis=-1)
+    falling = -jnp.sort(-probabilities, axis=-1)
     # A token is needed if those before it do not reach top_p; rounding must not lose the tail at top_p = 1.
     needed = (jnp.cumsum(falling, axis=-1) - falling < top_p) | (jnp.asarray(top_p) >= 1)
-    needed = needed.at[..., 0].set(True)
-    return jnp.put_along_axis(jnp.zeros_like(needed), order, needed, axis=-1, inplace=False)
+    count = jnp.maximum(needed.sum(axis=-1, keepdims=True), 1)
+    # Back to token order by the least probability that is needed, without a scatter, which is slow.
+    least = jnp.take_along_axis(falling, count - 1, axis=-1)
+    above, equal = probabilities > least, probabilities == least
+    return above | (equal & (jnp.cumsum(equal, axis=-1) <= count - above.sum(axis=-1, keepdims=True)))
 
 
 def draw(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:

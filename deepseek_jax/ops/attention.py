@@ -40,7 +40,7 @@ def attention(
       q: Queries, `[B, S, H, K]`, any float dtype.
       k: Keys, `[B, S, H, K]`.
       v: Values, `[B, S, H, V]`; V may differ from K.
-      scale: Factor on the scores (for DeepSeek-V3: K^-0.5 times YaRN's correction).
+      scale: Factor on the scores, positive (for DeepSeek-V3: K^-0.5 times YaRN's correction).
       segment_ids: `[B, S]` int32, or None when the whole row is one segment.
       implementation: "reference" (holds `[S, S]`: an oracle for small sizes), "blockwise" (portable), "cudnn" (Hopper
         or newer, bfloat16 or float16, no segments), or None for the best that is supported here.
@@ -49,12 +49,14 @@ def attention(
       `[B, S, H, V]` of v's dtype. Softmax statistics are float32 or wider.
 
     Raises:
-      ValueError: if shapes disagree, or the named implementation is unknown or not supported here.
+      ValueError: if shapes disagree, scale is not positive, or the implementation is unknown or not supported here.
     """
     if q.ndim != 4 or q.shape != k.shape or q.shape[:3] != v.shape[:3]:
         raise ValueError(
             f"attention needs q and k [B, S, H, K] and v [B, S, H, V], not {q.shape}, {k.shape} and {v.shape}"
         )
+    if scale <= 0:
+        raise ValueError(f"attention needs a positive scale, not {scale}")
     if segment_ids is not None and segment_ids.shape != q.shape[:2]:
         raise ValueError(f"attention needs segment_ids [B, S] = {q.shape[:2]}, not {segment_ids.shape}")
     obstacles = {"cudnn": attention_cudnn.obstacle(q, k, v, segment_ids), "blockwise": None, "reference": None}
@@ -172,30 +174,32 @@ def _forward_rows(q, k, v, segment_ids, *, block, scale):
     segments = _segment_blocks(segment_ids, heads, block)
     q, k, v = _to_blocks(q, block), _to_blocks(k, block), _to_blocks(v, block)
     lower = jnp.tril(jnp.ones((block, block), bool))
+    factor = jnp.asarray(scale, acc)
 
     def query_block(_, i):
         qi, si = _at(q, i), _at(segments, i)
 
         def scores(j, diagonal):
             raw = lax.optimization_barrier(dot("gsk,gtk->gst", qi, _at(k, j)))
-            return _mask(raw * jnp.asarray(scale, acc), si, _at(segments, j), diagonal)
+            return _mask(raw, si, _at(segments, j), diagonal)
 
         def weigh(weights, j):
             return dot("gst,gtv->gsv", weights.astype(v.dtype), _at(v, j))
 
+        # Scores and their maximum stay unscaled: the factor, being positive, costs nothing inside the exponential.
         def key_block(j, carry):
             out, top, total = carry
             s = scores(j, None)
             new = jnp.maximum(top, s.max(-1))
-            weights, shrink = jnp.exp(s - new[..., None]), jnp.exp(top - new)
+            weights, shrink = jnp.exp((s - new[..., None]) * factor), jnp.exp((top - new) * factor)
             return out * shrink[..., None] + weigh(weights, j), new, total * shrink + weights.sum(-1)
 
         # The diagonal block comes first: every query sees itself there, so the maximum is real from the start.
         s = scores(i, lower)
         top = s.max(-1)
-        weights = jnp.exp(s - top[..., None])
+        weights = jnp.exp((s - top[..., None]) * factor)
         out, top, total = lax.fori_loop(0, i, key_block, (weigh(weights, i), top, weights.sum(-1)))
-        return None, ((out / total[..., None]).astype(v.dtype), (top + jnp.log(total))[..., None])
+        return None, ((out / total[..., None]).astype(v.dtype), (top * factor + jnp.log(total))[..., None])
 
     _, (out, lse) = lax.scan(query_block, None, jnp.arange(q.shape[0]))
     return _from_blocks(out, rows, length), _from_blocks(lse, rows, length)[..., 0]

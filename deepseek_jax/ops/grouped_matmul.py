@@ -85,16 +85,16 @@ def grouped_matmul_dw(x: Array, dy: Array, group_sizes: Array, *, alignment: int
     tile = tile_rows(x.shape[0], group_sizes.shape[0])
 
     def group(_, bounds):
-        def add_tile(t, dw):
+        def product(t):
             first, mine = _tile(t, bounds, tile, x.shape[0])
             xt = jnp.where(mine, lax.dynamic_slice_in_dim(x, first, tile), 0)
             dyt = jnp.where(mine, lax.dynamic_slice_in_dim(dy, first, tile), 0)
             # XLA's CPU backend is slow where the first operand is transposed; the barrier makes it a plain product.
-            xt = lax.optimization_barrier(xt.T)
-            return dw + jnp.dot(xt, dyt, preferred_element_type=acc)
+            return jnp.dot(lax.optimization_barrier(xt.T), dyt, preferred_element_type=acc)
 
-        zero = jnp.zeros_like(x, acc, shape=(x.shape[1], dy.shape[1]))
-        return None, lax.fori_loop(0, tile_count(bounds[1], tile), add_tile, zero)
+        # The first tile starts the sum, also of an empty group, where nothing is `mine` and it gives zero: with few
+        # rows per group, clearing and adding matrices would cost more than multiplying.
+        return None, lax.fori_loop(1, tile_count(bounds[1], tile), lambda t, dw: dw + product(t), product(0))
 
     return lax.scan(group, None, (group_starts(group_sizes, alignment), group_sizes))[1]
 

@@ -51,8 +51,8 @@ class CheckpointStore:
     """The checkpoints of one run: saves in the background, restores anywhere, keeps the last and the best few.
 
     Every process of a run makes one, on the same directory, and calls `save` and `restore` together; arrays stay
-    where they are, and each process writes and reads only its own shards. As a context manager it waits for the save
-    in flight on leaving.
+    where they are, and each process writes and reads only its own shards. Every method but `save` waits for the save
+    in flight, and raises `CheckpointError` if that one failed; so does leaving the store as a context manager.
     """
 
     def __init__(self, directory: epath.PathLike, *, keep_last: int = 3, keep_best: int = 1):
@@ -81,7 +81,7 @@ class CheckpointStore:
     # --- what is there ---
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints in the directory, ascending; waits for the save in flight first."""
+        """Steps of the complete checkpoints in the directory, ascending."""
         self.wait()
         return self._complete()
 
@@ -101,14 +101,17 @@ class CheckpointStore:
 
     def metric(self, step: int) -> float | None:
         """The metric saved with `step`; None where there was none, or it was not finite."""
+        self.wait()
         return self._index(step)["metric"]
 
     def documents(self, step: int) -> dict[str, Any]:
         """The JSON documents saved with `step`; JSON has no tuples and no integer keys, so neither has this."""
+        self.wait()
         return self._read_json(step, "documents")
 
     def entries(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Global shape and dtype of every entry of `step`, without reading any array."""
+        self.wait()
         entries = self._index(step)["entries"]
         return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in entries.items()}
 
@@ -147,11 +150,12 @@ class CheckpointStore:
                 f"`delete({step})` it first, or save to another directory"
             )
         entries = {name: (list(array.shape), str(array.dtype)) for name, array in arrays.items()}
-        finite = metric is not None and math.isfinite(metric)
-        index = {"format": FORMAT, "step": step, "metric": float(metric) if finite else None, "entries": entries}
+        finite = float(metric) if metric is not None and math.isfinite(metric) else None
+        index = {"format": FORMAT, "step": step, "metric": finite, "entries": entries}
+        writer = self._open_writer()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._open_writer().save(
+            writer.save(
                 self.directory / str(step),
                 args=ocp.args.Composite(
                     arrays=ocp.args.PyTreeSave(dict(arrays), save_args=save_args(arrays)),
@@ -161,7 +165,7 @@ class CheckpointStore:
             )
         except Exception as error:
             raise self._failed(step, error) from error
-        self._finishing = threading.Thread(target=self._finish, args=(step,), name=f"checkpoint {step}")
+        self._finishing = threading.Thread(target=self._finish, args=(writer, step), name=f"checkpoint {step}")
         self._finishing.start()
         if wait:
             self.wait()
@@ -257,10 +261,10 @@ class CheckpointStore:
             )
         return self._writer
 
-    def _finish(self, step: int) -> None:
+    def _finish(self, writer: ocp.AsyncCheckpointer, step: int) -> None:
         """Runs beside the training: waits for the commit, then deletes what need not be kept."""
         try:
-            self._writer.wait_until_finished()
+            writer.wait_until_finished()
         except Exception as error:
             self._failure = self._failed(step, error)
             self._failure.__cause__ = error

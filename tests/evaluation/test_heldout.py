@@ -62,6 +62,7 @@ def test_every_token_is_predicted_once_from_what_stands_before_it(texts, length,
     for batch in prepared.batches:
         assert all(a.shape == (rows, length + 1) and a.dtype == np.int32 for a in batch)
         labels, weights = targets(batch)
+        assert ((batch.segment_ids > 0).any(axis=1) == (np.asarray(weights) > 0).any(axis=1)).all()
         for row in range(rows):
             for i in range(length):
                 assert weights[row, i] == 0 or (batch.segment_ids[row, : i + 2] == 1).all()

@@ -1,0 +1,75 @@
+"""Bytes that a training step holds on one device with all experts, from the architecture alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.planning.parameters import total_parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class StepMemory:
+    """Bytes of each part of a step."""
+
+    parameters: int
+    gradients: int
+    moments: int
+    activations: int
+    """What the forward pass saves for the backward pass."""
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return self.parameters + self.gradients + self.moments + self.activations
+
+
+def step_memory(
+    config: ModelConfig,
+    tokens: int,
+    *,
+    moment_bytes: int = 4,
+    compute_bytes: int = 4,
+    recompute: bool = False,
+) -> StepMemory:
+    """Bytes of a step on a microbatch of `tokens`.
+
+    Args:
+      config: the model.
+      tokens: tokens of one microbatch.
+      moment_bytes: of each of the two moments, per parameter.
+      compute_bytes: per activation.
+      recompute: only each layer's input is saved, and one layer at a time computes the rest again.
+    """
+    parameters = total_parameters(config)
+    dense, moe = layer_activations(config, dense=True), layer_activations(config, dense=False)
+    layers = config.num_dense_layers * dense + config.num_moe_layers * moe
+    # An MTP module saves its two inputs, their norms joined, and the input and output of its final norm.
+    mtp = config.mtp_depth * (moe + 6 * config.hidden_size)
+    if recompute:
+        kept = config.num_layers * config.hidden_size
+        layers, mtp = kept + max(dense if config.num_dense_layers else 0, moe if config.num_moe_layers else 0, mtp), 0
+    ends = 2 * config.hidden_size
+    return StepMemory(
+        parameters=4 * parameters,
+        gradients=4 * parameters,
+        moments=2 * moment_bytes * parameters,
+        activations=tokens * (layers + mtp + ends) * compute_bytes,
+    )
+
+
+def layer_activations(config: ModelConfig, *, dense: bool) -> int:
+    """Numbers per token that one layer saves: the inputs of its matrices, norms, attention and activation functions."""
+    attention, moe, width = config.attention, config.moe, config.hidden_size
+    heads = attention.num_heads
+    latents = 2 * attention.kv_lora_rank + 2 * (attention.q_lora_rank or 0)
+    queries_and_keys = 2 * heads * attention.qk_head_dim
+    values_and_outputs = 2 * heads * attention.v_head_dim
+    log_sums = heads
+    attended = 2 * width + latents + queries_and_keys + values_and_outputs + log_sums
+    if dense:
+        return attended + 2 * width + 3 * config.dense_ffn_size
+    shared = 3 * moe.num_shared_experts * moe.expert_ffn_size
+    # Each visit keeps its row before and after its expert, and the expert's gate, up and product.
+    routed = moe.experts_per_token * (2 * width + 3 * moe.expert_ffn_size)
+    return attended + 2 * width + moe.num_experts + shared + routed

@@ -1,0 +1,69 @@
+"""FLOPs and parameters of the published models."""
+
+import pytest
+
+from deepseek_jax import zoo
+from deepseek_jax.planning.flops import forward_flops, training_flops, training_flops_per_token
+from deepseek_jax.planning.parameters import count_parameters, total_parameters
+from small_model import small
+
+V3 = zoo.deepseek_v3()
+
+
+def test_v3_takes_250_and_260_gigaflops_per_token():
+    assert training_flops_per_token(V3, 4096, mtp=False) == pytest.approx(250e9, rel=0.005)
+    assert training_flops_per_token(V3, 4096) == pytest.approx(260e9, rel=0.005)
+
+
+def test_modules_of_v3_by_hand():
+    flops = forward_flops(V3, 4096, mtp=False)
+    assert flops["mla projections"] == pytest.approx(2 * 61 * 187.1e6, rel=1e-3)
+    assert flops["attention"] == 2 * 61 * 128 * (192 + 128) * 4096 / 2
+    assert flops["dense ffn"] == pytest.approx(2 * 3 * 396.4e6, rel=1e-3)
+    assert flops["routed experts"] == 2 * 58 * 8 * 3 * 7168 * 2048
+    assert flops["shared experts"] == flops["routed experts"] / 8
+    assert flops["router"] == 2 * 58 * 7168 * 256
+    assert flops["output head"] == 2 * 7168 * 129280
+    assert flops["mtp projection"] == 0
+
+
+def test_training_is_three_forward_passes():
+    forward, training = forward_flops(V3, 4096), training_flops(V3, 4096)
+    assert training == {name: 3 * value for name, value in forward.items()}
+
+
+def test_only_attention_depends_on_the_length():
+    short, long = forward_flops(V3, 4096), forward_flops(V3, 8192)
+    assert {name for name in short if short[name] != long[name]} == {"attention"}
+    assert long["attention"] == 2 * short["attention"]
+
+
+def test_flops_without_attention_are_two_per_active_parameter():
+    """Matrices that every token passes, plus K of E experts; the embedding is a look-up."""
+    config = small(mtp_depth=2)
+    counts = count_parameters(config)
+    experts = 3 * config.hidden_size * config.moe.expert_ffn_size
+    idle = (config.num_moe_layers + 2) * (config.moe.num_experts - config.moe.experts_per_token) * experts
+    attention, d = config.attention, config.hidden_size
+    norms = {"layer": 2 * d + attention.q_lora_rank + attention.kv_lora_rank, "mtp": 3 * d}
+    vectors = (config.num_layers + 2) * norms["layer"] + 2 * norms["mtp"] + d
+    vectors += (config.num_moe_layers + 2) * config.moe.num_experts
+    active = sum(counts.values()) - counts["embedding"] - vectors - idle + 2 * counts["head"]
+    flops = forward_flops(config, 64)
+    assert sum(flops.values()) - flops["attention"] == 2 * active
+
+
+@pytest.mark.parametrize(
+    ("config", "millions"),
+    [(V3, 671_026), (zoo.deepseek_v2_lite(), 15_706)],
+    ids=["v3", "v2_lite"],
+)
+def test_published_totals(config, millions):
+    assert round(total_parameters(config, mtp=False) / 1e6) == millions
+
+
+def test_v3_by_module():
+    counts = count_parameters(V3)
+    assert counts["moe"] / 58 == pytest.approx((11_320 + 187.1 + 0.0) * 1e6, rel=1e-3)
+    assert counts["embedding"] == counts["head"] == 129280 * 7168
+    assert counts["mtp"] == pytest.approx(11.6e9, rel=0.01)  # weights README: 11.5B, without the shared ends

@@ -1,0 +1,33 @@
+"""Analytic bytes of a step."""
+
+from deepseek_jax import zoo
+from deepseek_jax.planning.memory import layer_activations, step_memory
+from deepseek_jax.planning.parameters import total_parameters
+from small_model import small
+
+
+def test_weights_gradients_and_moments():
+    config = small()
+    count = total_parameters(config)
+    memory = step_memory(config, 0, moment_bytes=2)
+    assert (memory.parameters, memory.gradients, memory.moments, memory.activations) == (4 * count, 4 * count, 4 * count, 0)
+    assert memory.total == 12 * count
+
+
+def test_activations_of_a_layer_by_hand():
+    config = small(num_layers=2, num_dense_layers=1, mtp_depth=0)  # D 24, H 2, q 12, latent 16, qk 12, v 8, F 40
+    attention = 2 * 24 + 2 * 16 + 2 * 12 + 2 * 2 * 12 + 2 * 2 * 8 + 2
+    assert layer_activations(config, dense=True) == attention + 2 * 24 + 3 * 40
+    moe = attention + 2 * 24 + 8 + 3 * 16 + 2 * (2 * 24 + 3 * 16)
+    assert layer_activations(config, dense=False) == moe
+    per_token = layer_activations(config, dense=True) + moe + 2 * 24
+    assert step_memory(config, 10).activations == 10 * per_token * 4
+    assert step_memory(config, 10, compute_bytes=2).activations == 10 * per_token * 2
+
+
+def test_recomputation_keeps_one_layer_and_the_inputs():
+    config = zoo.bench()
+    kept, whole = (step_memory(config, 4096, recompute=switch).activations for switch in (True, False))
+    layer = layer_activations(config, dense=False)
+    assert kept == 4096 * 4 * (config.num_layers * 256 + layer + 2 * 256)
+    assert kept < whole / 3

@@ -1,0 +1,158 @@
+"""Benchmark (c): peak memory of a train step, against the analytic sum of what it must hold.
+
+    python -m tools.bench.memory [--write]
+
+The analytic sum is `planning.memory`: parameters, gradients, two moments, and the activations that the backward pass
+needs. The compiler's figure is its own plan of the step: arguments, results that reuse none of them, and temporaries.
+The process's figure is how far its resident memory grew, at most, from before the state was made to after the step.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from absl import app, flags
+
+from deepseek_jax import zoo
+from deepseek_jax.planning.memory import step_memory
+from tools.bench.train_step import LENGTH, ROWS, machine
+
+RESULT = Path(__file__).parent / "results" / "memory.md"
+CASES = {
+    "one microbatch": {},
+    "one microbatch, recompute": {"recompute": True},
+    "8 microbatches of one row": {"microbatch_rows": 1},
+    "8 microbatches, recompute": {"microbatch_rows": 1, "recompute": True},
+}
+
+_CASE = flags.DEFINE_enum("case", None, list(CASES), "measure one case in this process and print it as JSON")
+_WRITE = flags.DEFINE_bool("write", False, f"write the table to {RESULT.name} in tools/bench/results")
+
+
+def main(argv):
+    del argv
+    if _CASE.value:
+        print(json.dumps(measure(**CASES[_CASE.value])))
+        return
+    text = report({case: run_alone(case) for case in CASES})
+    print(text)
+    if _WRITE.value:
+        RESULT.parent.mkdir(exist_ok=True)
+        RESULT.write_text(text)
+
+
+def run_alone(case: str) -> dict:
+    """One measurement in a fresh process."""
+    command = [sys.executable, "-m", "tools.bench.memory", f"--case={case}"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(**step_options) -> dict:
+    """Bytes that the compiler plans, and that the process takes, for two steps of `zoo.bench()`."""
+    import functools
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from deepseek_jax.model.targets import Microbatch
+    from deepseek_jax.model.transformer import Transformer
+    from deepseek_jax.parallel.mesh import ParallelConfig, make_mesh
+    from deepseek_jax.parallel.placement import place
+    from deepseek_jax.training.optimizer import OptimizerConfig, adamw
+    from deepseek_jax.training.step import Hyperparameters, StepConfig, Trainer
+
+    config = zoo.bench()
+    mesh = make_mesh(ParallelConfig(), jax.devices()[:1])
+    optimizer = functools.partial(adamw, OptimizerConfig())
+    trainer = Trainer(Transformer(config), place(config), mesh, optimizer, StepConfig(**step_options))
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, LENGTH + 1)).astype(np.int32)
+    ones = np.ones_like(tokens)
+    batch = Microbatch(tokens, ones, np.broadcast_to(np.arange(LENGTH + 1, dtype=np.int32), tokens.shape), ones)
+    hyper = Hyperparameters(*(jnp.float32(x) for x in (2.2e-4, 0.3, 0.001)))
+
+    # Compiling takes memory of its own, so it comes first; its state is only drawn to be measured again.
+    state = trainer.initial_state(0)
+    step = trainer.lower(state, batch, hyper).compile()
+    plan = step.memory_analysis()
+    del state
+    before = resident()
+    reset_peak()
+    state = trainer.initial_state(0)
+    for _ in range(2):
+        state, metrics = step(state, batch, hyper)
+        jax.block_until_ready((state, metrics))
+    rows = step_options.get("microbatch_rows", ROWS)
+    memory = step_memory(config, rows * LENGTH, recompute=step_options.get("recompute", False))
+    return {
+        "parameters": memory.parameters,
+        "gradients": memory.gradients,
+        "moments": memory.moments,
+        "activations": memory.activations,
+        "total": memory.total,
+        "plan": plan.argument_size_in_bytes
+        + plan.output_size_in_bytes
+        - plan.alias_size_in_bytes
+        + plan.temp_size_in_bytes,
+        "temporaries": plan.temp_size_in_bytes,
+        "process": peak() - before if peak() is not None and before is not None else None,
+    }
+
+
+def resident() -> int | None:
+    """Bytes of this process in memory; None where the system does not tell."""
+    return _status("VmRSS")
+
+
+def peak() -> int | None:
+    """The most that this process has held since `reset_peak`."""
+    return _status("VmHWM")
+
+
+def reset_peak() -> None:
+    """Starts the measure of `peak` anew, where Linux lets us."""
+    path = Path("/proc/self/clear_refs")
+    if path.exists():
+        path.write_text("5")
+
+
+def _status(field: str) -> int | None:
+    path = Path("/proc/self/status")
+    if not path.exists():
+        return None
+    lines = [line for line in path.read_text().splitlines() if line.startswith(f"{field}:")]
+    return int(lines[0].split()[1]) * 1024
+
+
+def report(results: dict[str, dict]) -> str:
+    """The table in MiB."""
+    import jax
+
+    lines = [
+        "# Peak memory of a train step",
+        "",
+        f"`python -m tools.bench.memory --write` on {datetime.date.today()}: `zoo.bench()`, {ROWS} × {LENGTH} tokens, "
+        f"float32 throughout, on {machine()}; jax {jax.__version__}. MiB.",
+        "",
+        "| | parameters | gradients | moments | activations | analytic sum | compiler's plan | ratio | process |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case, numbers in results.items():
+        columns = ("parameters", "gradients", "moments", "activations", "total", "plan")
+        cells = [f"{numbers[name] / 2**20:.0f}" for name in columns]
+        cells.append(f"{numbers['plan'] / numbers['total']:.2f}")
+        cells.append("–" if numbers["process"] is None else f"{numbers['process'] / 2**20:.0f}")
+        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    app.run(main)
