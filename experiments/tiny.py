@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from deepseek_jax import zoo
 from deepseek_jax.data import DataConfig, TokenizerConfig
 from deepseek_jax.precision.policy import FLOAT32
 from deepseek_jax.training.experiment import CheckpointConfig, EvaluationConfig, Experiment, LoggingConfig
 from deepseek_jax.training.optimizer import OptimizerConfig
-from deepseek_jax.training.schedules import paper_schedule
+from deepseek_jax.training.schedules import constant, paper_schedule
 
 PROMPTS = (
     "def __init__(self, ",
@@ -30,3 +32,9 @@ def pretrain() -> Experiment:
         checkpoint=CheckpointConfig(every_steps=200, keep_last=2),
         logging=LoggingConfig(every_steps=10),
     )
+
+
+def pretrain_without_bias() -> Experiment:
+    """The quickstart with the router bias frozen at zero: what balance looks like without its update."""
+    base = pretrain()
+    return dataclasses.replace(base, schedule=dataclasses.replace(base.schedule, bias_rate=constant(0.0)))

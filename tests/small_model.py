@@ -16,7 +16,7 @@ from deepseek_jax.config import AttentionConfig, ModelConfig, MoEConfig
 from deepseek_jax.model.targets import Microbatch
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.mesh import ParallelConfig, make_mesh
-from deepseek_jax.parallel.placement import place
+from deepseek_jax.parallel.placement import ParameterLayout, place
 from deepseek_jax.parallel.sharding import BATCH_SPEC
 from deepseek_jax.training.step import Hyperparameters, StepConfig, Trainer, TrainState
 
@@ -72,8 +72,22 @@ def trainer(config: ModelConfig, *, optimizer=gradient_descent, devices=None, **
     return Trainer(Transformer(config), place(config), mesh, optimizer, StepConfig(**step))
 
 
-def initial_state(trainer: Trainer, dtype=jnp.float32, seed: int = 0):
-    return trainer.fresh_state(trainer.params_layout.initial(seed, dtype), trainer.bias_layout.initial(seed, dtype))
+def initial_state(trainer: Trainer, dtype=jnp.float32, seed: int = 0) -> TrainState:
+    """A state as `trainer.initial_state` makes it, the same on every mesh, from NumPy: nothing is compiled."""
+
+    def values(layout: ParameterLayout):
+        rng = np.random.default_rng(seed)
+        std = trainer.model.config.init_std
+
+        def draw(path, like: jax.ShapeDtypeStruct) -> jax.Array:
+            name = jax.tree_util.keystr(path)
+            value = np.ones(like.shape) if "scale" in name else rng.normal(size=like.shape) * std
+            value = np.zeros(like.shape) if "bias" in name else value
+            return jax.device_put(value.astype(dtype), like.sharding)
+
+        return jax.tree_util.tree_map_with_path(draw, layout.abstract(dtype))
+
+    return trainer.fresh_state(values(trainer.params_layout), values(trainer.bias_layout))
 
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

@@ -48,8 +48,15 @@ class HeldoutEvaluator:
             )
             return self._trainer.evaluate(state, placed)
 
-        length = self._experiment.data.sequence_length
-        return bits_per_byte(evaluate, self._tokenizer, documents, sequence_length=length, rows=rows)
+        data = self._experiment.data
+        return bits_per_byte(
+            evaluate,
+            self._tokenizer,
+            documents,
+            sequence_length=data.sequence_length,
+            rows=rows,
+            add_bos=data.add_bos,
+        )
 
 
 def finish_run(
@@ -105,7 +112,8 @@ def _samples(experiment: Experiment, state: TrainState, tokenizer: Tokenizer, st
     if not prompts:
         return []
     generator = Generator(bind(experiment.model, state.params, state.router_bias))
-    encoded = [[tokenizer.bos_id, *map(int, tokenizer.encode(prompt))] for prompt in prompts]
+    begin = [tokenizer.bos_id] if experiment.data.add_bos else []
+    encoded = [[*begin, *map(int, tokenizer.encode(prompt))] for prompt in prompts]
     samples = []
     for method, sampling in (("greedy", GREEDY), ("temperature 0.8, top-p 0.95", WARM)):
         outputs = generator.generate(

@@ -34,6 +34,11 @@ def test_top_p_by_hand(top_p, kept):
     assert np.flatnonzero(top_p_mask(logits, top_p)).tolist() == kept
 
 
+def test_top_p_of_one_keeps_what_rounding_would_lose():
+    """In float32 the first token alone has probability 1, yet nothing is cut off."""
+    assert top_p_mask(jnp.array([0.0, -30.0, -40.0]), 1.0).all()
+
+
 def test_draws_follow_the_distribution_within_the_kept_set():
     p = jnp.array([0.2, 0.5, 0.25, 0.05])
     keys = jax.random.split(jax.random.key(0), 4000)

@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from deepseek_jax.training.optimizer import OptimizerConfig, adamw
 from deepseek_jax.tree import flatten
@@ -65,8 +64,7 @@ def test_float32_losses_of_adamw_agree():
     assert (losses[:, -2] < losses[:, 0] - 0.1).all()
 
 
-@pytest.mark.parametrize("count", [2, 8])
-def test_initial_weights_do_not_depend_on_the_mesh(count):
-    one, many = (trainer(CONFIG, devices=jax.devices()[:n]).params_layout.initial(3) for n in (1, count))
+def test_initial_weights_do_not_depend_on_the_mesh():
+    one, many = (trainer(CONFIG, devices=jax.devices()[:n]).params_layout.initial(3) for n in (1, 4))
     for name, value in flatten(one).items():
         np.testing.assert_array_equal(flatten(many)[name], value, err_msg=name)

@@ -44,18 +44,23 @@ def test_canonical_names():
     assert layout.abstract()["moe"]["ffn"]["experts"]["down"].shape == (1, 2, 8, 16, 24)
 
 
-def test_stack_and_unstack_are_inverse_bit_for_bit():
-    layout = one_device(small())
+@pytest.fixture(scope="module")
+def drawn():
+    """A layout, its initial run-time tree, and the same under canonical names."""
+    layout = one_device(small(hidden_size=96, init_std=0.006))
     tree = layout.initial(0)
-    arrays = layout.unstack(tree)
+    return layout, tree, layout.unstack(tree)
+
+
+def test_stack_and_unstack_are_inverse_bit_for_bit(drawn):
+    layout, tree, arrays = drawn
     again = flatten(layout.stack(arrays))
     for name, value in flatten(tree).items():
         np.testing.assert_array_equal(again[name], value, err_msg=name)
 
 
-def test_initial_values_follow_the_declarations():
-    layout = one_device(small(hidden_size=96, init_std=0.006))
-    arrays = layout.unstack(layout.initial(0))
+def test_initial_values_follow_the_declarations(drawn):
+    layout, _, arrays = drawn
     for name, value in arrays.items():
         if name.endswith("scale"):
             np.testing.assert_array_equal(value, 1)
@@ -87,7 +92,8 @@ def test_stages_must_hold_every_layer():
 
 
 def test_logical_axes_map_to_the_mesh():
-    assert partition_spec(("stage", "slot", "expert", "embed", "expert_ffn")) == P("pipe", None, ("node", "expert"), None, None)
+    experts = partition_spec(("stage", "slot", "expert", "embed", "expert_ffn"))
+    assert experts == P("pipe", None, ("node", "expert"), None, None)
     assert partition_spec(("batch", None)) == P(("data", "node", "expert"), None)
     assert mesh_axes_of(partition_spec(("stage", "slot", "expert"))) == {"pipe", "node", "expert"}
     with pytest.raises(ValueError, match="two dimensions on mesh axis"):
