@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from deepseek_jax.config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
 
@@ -52,6 +53,7 @@ def tiny() -> ModelConfig:
         ),
         moe=MoEConfig(num_experts=16, experts_per_token=2, expert_ffn_size=128, num_groups=4, groups_per_token=2),
         mtp_depth=1,
+        init_std=_scaled_init_std(192),
     )
 
 
@@ -76,9 +78,11 @@ def small() -> ModelConfig:
     base = tiny()
     return dataclasses.replace(
         base,
-        hidden_size=256,
         num_layers=5,
-        dense_ffn_size=768,
-        attention=dataclasses.replace(base.attention, num_heads=8),
-        moe=dataclasses.replace(base.moe, num_experts=32, experts_per_token=4),
+        moe=dataclasses.replace(base.moe, num_experts=32, experts_per_token=3),
     )
+
+
+def _scaled_init_std(hidden_size: int) -> float:
+    """The paper's 0.006 carried over from its width of 7168: activations keep their size as sqrt(width) shrinks."""
+    return round(0.006 * math.sqrt(7168 / hidden_size), 4)

@@ -26,10 +26,10 @@ def pretrain() -> Experiment:
         tokenizer=TokenizerConfig(vocab_size=model.vocab_size),
         data=DataConfig(sequence_length=256),
         optimizer=OptimizerConfig(peak_lr=3e-3),
-        schedule=paper_schedule(1_600_000, warmup_tokens=80_000, rows=16),
+        schedule=paper_schedule(800_000, warmup_tokens=40_000, rows=8),
         precision=FLOAT32,
-        evaluation=EvaluationConfig(every_steps=100, max_bytes=60_000, samples=PROMPTS),
-        checkpoint=CheckpointConfig(every_steps=200, keep_last=2),
+        evaluation=EvaluationConfig(every_steps=100, max_bytes=40_000, samples=PROMPTS),
+        checkpoint=CheckpointConfig(every_steps=100, keep_last=2),
         logging=LoggingConfig(every_steps=10),
     )
 

@@ -108,7 +108,7 @@ def tile_rows(rows: int, groups: int) -> int:
 
 
 def tile_count(size: Array, tile: int) -> Array:
-    """Tiles that a group of `size` rows costs; an empty group costs none."""
+    """Tiles that a group of `size` rows costs; an empty group costs none (and one in `grouped_matmul_dw`)."""
     return (size + tile - 1) // tile
 
 

@@ -75,9 +75,9 @@ def test_padding_counts_in_neither_fraction_nor_probability(scores):
     lengths = [7, 4, 0]
     valid = np.arange(7) < np.array(lengths)[:, None]
     with jax.enable_x64(True):
-        value, gradient = jax.value_and_grad(
-            lambda s: sequence_balance_loss(s, None, CONFIG, jnp.asarray(valid))
-        )(jnp.asarray(scores))
+        value, gradient = jax.value_and_grad(lambda s: sequence_balance_loss(s, None, CONFIG, jnp.asarray(valid)))(
+            jnp.asarray(scores)
+        )
     kept = [row[:n] for row, n in zip(scores, lengths, strict=True) if n]
     np.testing.assert_allclose(value, sum(loss(row, fractions(row)) for row in kept), rtol=1e-12)
     np.testing.assert_array_equal(np.asarray(gradient)[~valid], 0)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small_model import small
 
 from deepseek_jax.config import ModelConfig, MoEConfig
 from deepseek_jax.model.context import LayerContext
@@ -14,7 +15,6 @@ from deepseek_jax.model.moe import MoE
 from deepseek_jax.model.router import combine_weights, router_scores, select_experts, sequence_balance_loss
 from deepseek_jax.parallel.dispatch import LocalDispatcher
 from deepseek_jax.tree import flatten, unflatten
-from small_model import small
 
 SOFTMAX = {"score_function": "softmax", "group_score": "max", "normalize_weights": False, "use_bias": False}
 CONFIGS = {

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_model import full, small
 
 from deepseek_jax.model import mtp, staged
 from deepseek_jax.model.parameters import RouterBias, parameter_specs
@@ -16,7 +17,6 @@ from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.pipeline import LossScales
 from deepseek_jax.parallel.pipeline.executor import _merge, scan_layers
 from deepseek_jax.tree import map_leaves
-from small_model import full, small
 
 CONFIG = small(mtp_depth=2)
 SCALES = LossScales(jnp.ones(()), jnp.ones(()), jnp.zeros(()))

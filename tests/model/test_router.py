@@ -10,13 +10,13 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis.extra import numpy as hnp
+from small_model import small
 
 from deepseek_jax import zoo
 from deepseek_jax.config import MoEConfig
 from deepseek_jax.model.moe import Router
 from deepseek_jax.model.parameters import RouterBias
 from deepseek_jax.model.router import combine_weights, expert_load, router_scores, select_experts
-from small_model import small
 
 V3 = MoEConfig(num_experts=12, experts_per_token=3, num_groups=4, groups_per_token=2)
 V2 = MoEConfig(

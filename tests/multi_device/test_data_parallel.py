@@ -5,10 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from small_model import gradient_descent, hyperparameters, initial_state, packed, run_step, small, trainer
 
 from deepseek_jax.training.optimizer import OptimizerConfig, adamw
 from deepseek_jax.tree import flatten
-from small_model import gradient_descent, hyperparameters, initial_state, packed, run_step, small, trainer
 
 CONFIG = small()
 STEPS = 10

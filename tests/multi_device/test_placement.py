@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_model import small
 
 from deepseek_jax.model.parameters import RouterBias, parameter_specs
 from deepseek_jax.model.transformer import Transformer
@@ -13,7 +14,6 @@ from deepseek_jax.parallel.mesh import mesh_of
 from deepseek_jax.parallel.placement import ParameterLayout, place
 from deepseek_jax.training.checkpoint import CheckpointStore
 from deepseek_jax.tree import flatten
-from small_model import small
 
 CONFIG = small(num_layers=4, mtp_depth=1)
 MODEL = Transformer(CONFIG)
@@ -104,7 +104,9 @@ def test_every_stage_holds_its_own_layers_only():
 def test_router_biases_move_with_their_layers():
     specs = parameter_specs(MODEL, RouterBias)
     one, two = layout(ONE_STAGE, specs=specs), layout(*LAYOUTS["two_unequal_stages"], specs=specs)
-    values = {name: np.random.default_rng(i).normal(size=8).astype(np.float32) for i, name in enumerate(one.canonical())}
+    values = {
+        name: np.random.default_rng(i).normal(size=8).astype(np.float32) for i, name in enumerate(one.canonical())
+    }
     assert set(values) == {f"layers.{i}.ffn.router.bias" for i in (1, 2, 3)} | {"mtp.0.block.ffn.router.bias"}
     assert_equal(two.unstack(two.stack(moved(values, two))), values)
 

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from small_model import small
 
 from deepseek_jax import zoo
 from deepseek_jax.config import ConfigError
@@ -13,7 +14,6 @@ from deepseek_jax.parallel.mesh import AXES, ParallelConfig, make_mesh, mesh_of
 from deepseek_jax.parallel.placement import ParameterLayout, place
 from deepseek_jax.parallel.sharding import mesh_axes_of, partition_spec
 from deepseek_jax.tree import flatten, unflatten
-from small_model import small
 
 
 def one_device(config) -> ParameterLayout:
@@ -105,7 +105,7 @@ def test_logical_axes_map_to_the_mesh():
 def test_the_mesh_has_four_axes_and_must_fit_the_devices():
     mesh = make_mesh(ParallelConfig(), jax.devices()[:1])
     assert mesh.axis_names == AXES == ("pipe", "data", "node", "expert")
-    with pytest.raises(ConfigError, match="needs 3 devices, there are 1; change parallel.data"):
+    with pytest.raises(ConfigError, match=r"needs 3 devices, there are 1; change parallel.data"):
         make_mesh(ParallelConfig(data=3), jax.devices()[:1])
     with pytest.raises(ConfigError, match=r"parallel.pipe=2 is not available yet"):
         ParallelConfig(pipe=2)

@@ -1,7 +1,7 @@
 """Weights between this library and Hugging Face's `DeepseekV3ForCausalLM`, for tests only; `interop` is the real one.
 
-Linear weights are `[in, out]` here and `[out, in]` there. Their rotary rows pair neighbours, ours are half-split, so the
-rotary columns of `q` / `q_b` and of `kv_a` are permuted. Gate and up are one matrix here, gate first.
+Linear weights are `[in, out]` here and `[out, in]` there. Their rotary rows pair neighbours, ours are half-split, so
+the rotary columns of `q` / `q_b` and of `kv_a` are permuted. Gate and up are one matrix here, gate first.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """FLOPs and parameters of the published models."""
 
 import pytest
+from small_model import small
 
 from deepseek_jax import zoo
 from deepseek_jax.planning.flops import forward_flops, training_flops, training_flops_per_token
 from deepseek_jax.planning.parameters import count_parameters, total_parameters
-from small_model import small
 
 V3 = zoo.deepseek_v3()
 

@@ -1,16 +1,17 @@
 """Analytic bytes of a step."""
 
-from deepseek_jax import zoo
-from deepseek_jax.planning.memory import layer_activations, step_memory
-from deepseek_jax.planning.parameters import total_parameters
 from small_model import small
+
+from deepseek_jax import zoo
+from deepseek_jax.planning.memory import StepMemory, layer_activations, step_memory
+from deepseek_jax.planning.parameters import total_parameters
 
 
 def test_weights_gradients_and_moments():
     config = small()
     count = total_parameters(config)
     memory = step_memory(config, 0, moment_bytes=2)
-    assert (memory.parameters, memory.gradients, memory.moments, memory.activations) == (4 * count, 4 * count, 4 * count, 0)
+    assert memory == StepMemory(parameters=4 * count, gradients=4 * count, moments=4 * count, activations=0)
     assert memory.total == 12 * count
 
 

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small_model import small
 
 from deepseek_jax.config import ConfigError
 from deepseek_jax.model.parameters import parameter_specs
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.training.optimizer import OptimizerConfig, adamw, map_moments
 from deepseek_jax.tree import flatten, map_leaves
-from small_model import small
 
 MODEL = Transformer(small())
 SPECS = parameter_specs(MODEL)

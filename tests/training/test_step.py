@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small_model import abstract_state, full, hyperparameters, initial_state, packed, run_step, small, trainer
 
 from deepseek_jax.model.parameters import RouterBias
 from deepseek_jax.model.targets import Microbatch
 from deepseek_jax.parallel.pipeline.executor import _merge
 from deepseek_jax.tree import flatten
-from small_model import abstract_state, full, hyperparameters, initial_state, packed, run_step, small, trainer
 
-CONFIG = small()
+CONFIG = small(num_layers=2, num_dense_layers=0, mtp_depth=2)
 LENGTH = 12
 BALANCE = 0.01
 DOCUMENTS = [[13], [5, 8], [4, 4], [3, 10], [13], [6]]
@@ -38,7 +38,7 @@ def stepped():
 
     @functools.cache
     def make(microbatch_rows):
-        options = dict(compute_dtype=jnp.float64, balance_weight=BALANCE, clip_norm=1e9)
+        options = {"compute_dtype": jnp.float64, "balance_weight": BALANCE, "clip_norm": 1e9}
         return trainer(CONFIG, microbatch_rows=microbatch_rows, **options)
 
     def run(batch, microbatch_rows=None):
@@ -97,8 +97,16 @@ def test_the_loss_is_main_plus_lambda_mtp_plus_alpha_balance(whole):
     np.testing.assert_allclose(
         metrics.loss, metrics.loss_main + 0.3 * metrics.loss_mtp + BALANCE * metrics.loss_balance, rtol=1e-7
     )
-    # Σ f_i P_i is about 1 per layer, and 2 MoE layers and the MTP module have one each.
-    assert 2.9 < metrics.loss_balance < 5
+    # Σ f_i P_i is about 1 per layer, and 2 MoE layers and 2 MTP modules have one each.
+    assert 3.9 < metrics.loss_balance < 6
+
+
+def test_every_mtp_depth_is_divided_by_the_labels_of_the_main_model(whole):
+    """Equations 24 and 25: each depth's sum over T of the main model, then the mean over depths."""
+    labels = [sum(max(sum(lengths) - 1 - depth, 0) for lengths in DOCUMENTS) for depth in range(3)]
+    # New weights predict nothing: each label costs about ln 64.
+    expected = np.log(64) * (labels[1] + labels[2]) / (2 * labels[0])
+    np.testing.assert_allclose(whole[1].loss_mtp, expected, rtol=0.05)
 
 
 def test_every_label_is_counted_once(whole):
@@ -127,16 +135,16 @@ def test_every_label_is_counted_once(whole):
 
 def test_loads_count_every_choice_of_every_real_token(whole):
     real = sum(min(sum(lengths), LENGTH) for lengths in DOCUMENTS)
-    mtp = sum(min(sum(lengths), LENGTH) - 1 for lengths in DOCUMENTS)
+    # MTP module k has no token to read at the last k positions of a row's documents.
+    mtp = [sum(min(sum(lengths), LENGTH) - depth for lengths in DOCUMENTS) for depth in (1, 2)]
     k = CONFIG.moe.experts_per_token
-    assert whole[1].load.sum(axis=1).tolist() == [k * real, k * real, k * mtp]
+    assert whole[1].load.sum(axis=1).tolist() == [k * real, k * real, k * mtp[0], k * mtp[1]]
 
 
 def test_every_bias_moves_by_the_rate_against_its_load(whole):
     state, metrics = whole
-    biases = np.concatenate([state.router_bias["moe"]["ffn"]["router"]["bias"][0]] + [
-        state.router_bias["mtp"]["block"]["ffn"]["router"]["bias"][0]
-    ])
+    moved = state.router_bias["moe"]["ffn"], state.router_bias["mtp"]["block"]["ffn"]
+    biases = np.concatenate([ffn["router"]["bias"][0] for ffn in moved])
     load = metrics.load.astype(float)
     np.testing.assert_allclose(biases, 1e-3 * np.sign(load.mean(axis=1, keepdims=True) - load), rtol=1e-12)
     assert (biases > 0).any()

@@ -35,6 +35,7 @@ _WRITE = flags.DEFINE_bool("write", False, f"write the table to {RESULT.name} in
 
 
 def main(argv):
+    """Measures one case, or each in a process of its own, and prints the table."""
     del argv
     if _CASE.value:
         print(json.dumps(measure(**CASES[_CASE.value])))

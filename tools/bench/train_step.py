@@ -36,6 +36,7 @@ _WRITE = flags.DEFINE_bool("write", False, f"write the table to {RESULT.name} in
 
 
 def main(argv):
+    """Measures one side, or both in turns, and prints the table."""
     del argv
     if _SIDE.value:
         measure = {"deepseek_jax": measure_deepseek_jax, "torch": measure_torch}[_SIDE.value]
@@ -202,9 +203,9 @@ def report(results: dict[str, list[dict]]) -> str:
     lines = [
         "# Train step against Hugging Face on PyTorch",
         "",
-        f"`python -m tools.bench.train_step --write` on {datetime.date.today()}: `zoo.bench()`, {ROWS} × {LENGTH} tokens, "
-        f"float32, {_THREADS.value} threads on {machine()}; {versions}. Turns alternate; each number is the median of "
-        f"{_STEPS.value} steps of one process, without the first two.",
+        f"`python -m tools.bench.train_step --write` on {datetime.date.today()}: `zoo.bench()`, {ROWS} × {LENGTH} "
+        f"tokens, float32, {_THREADS.value} threads on {machine()}; {versions}. Turns alternate; each number is the "
+        f"median of {_STEPS.value} steps of one process, without the first two.",
         "",
         "| | tokens/s, median | each turn | first step |",
         "|---|---|---|---|",
