@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from deepseek_jax.config import ModelConfig
-from tools.bench.train_step import hugging_face_config
+from tools.bench.common import hugging_face_config
 
 
 def build(config: ModelConfig, seed: int = 0) -> transformers.DeepseekV3ForCausalLM:

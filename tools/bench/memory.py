@@ -20,7 +20,7 @@ from absl import app, flags
 
 from deepseek_jax import zoo
 from deepseek_jax.planning.memory import step_memory
-from tools.bench.train_step import LENGTH, ROWS, machine
+from tools.bench.common import LENGTH, ROWS, machine, make_trainer
 
 RESULT = Path(__file__).parent / "results" / "memory.md"
 CASES = {
@@ -57,27 +57,10 @@ def run_alone(case: str) -> dict:
 
 def measure(**step_options) -> dict:
     """Bytes that the compiler plans, and that the process takes, for two steps of `zoo.bench()`."""
-    import functools
-
     import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from deepseek_jax.model.targets import Microbatch
-    from deepseek_jax.model.transformer import Transformer
-    from deepseek_jax.parallel.mesh import ParallelConfig, make_mesh
-    from deepseek_jax.parallel.placement import place
-    from deepseek_jax.training.optimizer import OptimizerConfig, adamw
-    from deepseek_jax.training.step import Hyperparameters, StepConfig, Trainer
 
     config = zoo.bench()
-    mesh = make_mesh(ParallelConfig(), jax.devices()[:1])
-    optimizer = functools.partial(adamw, OptimizerConfig())
-    trainer = Trainer(Transformer(config), place(config), mesh, optimizer, StepConfig(**step_options))
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, LENGTH + 1)).astype(np.int32)
-    ones = np.ones_like(tokens)
-    batch = Microbatch(tokens, ones, np.broadcast_to(np.arange(LENGTH + 1, dtype=np.int32), tokens.shape), ones)
-    hyper = Hyperparameters(*(jnp.float32(x) for x in (2.2e-4, 0.3, 0.001)))
+    trainer, batch, hyper = make_trainer(config, **step_options)
 
     # Compiling takes memory of its own, so it comes first; its state is only drawn to be measured again.
     state = trainer.initial_state(0)

@@ -12,7 +12,6 @@ import datetime
 import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,8 +22,8 @@ from absl import app, flags
 
 from deepseek_jax import zoo
 from deepseek_jax.config import ModelConfig
+from tools.bench.common import LENGTH, ROWS, hugging_face_config, machine, make_trainer
 
-ROWS, LENGTH = 8, 512
 RESULT = Path(__file__).parent / "results" / "train_step.md"
 SIDES = {"deepseek_jax": "deepseek_jax, jax on CPU", "torch": "transformers DeepseekV3ForCausalLM, torch on CPU"}
 
@@ -92,28 +91,10 @@ def timed(step, steps: int) -> dict:
 def measure_deepseek_jax(config: ModelConfig, steps: int, threads: int) -> dict:
     """The jitted train step of this library."""
     bind(threads)
-    import functools
-
     import jax
-    import jax.numpy as jnp
-    import numpy as np
 
-    from deepseek_jax.model.targets import Microbatch
-    from deepseek_jax.model.transformer import Transformer
-    from deepseek_jax.parallel.mesh import ParallelConfig, make_mesh
-    from deepseek_jax.parallel.placement import place
-    from deepseek_jax.training.optimizer import OptimizerConfig, adamw
-    from deepseek_jax.training.step import Hyperparameters, StepConfig, Trainer
-
-    mesh = make_mesh(ParallelConfig(), jax.devices()[:1])
-    optimizer = functools.partial(adamw, OptimizerConfig())
-    trainer = Trainer(Transformer(config), place(config), mesh, optimizer, StepConfig())
+    trainer, batch, hyper = make_trainer(config)
     state = trainer.initial_state(0)
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, LENGTH + 1)).astype(np.int32)
-    ones = np.ones_like(tokens)
-    batch = Microbatch(tokens, ones, np.broadcast_to(np.arange(LENGTH + 1, dtype=np.int32), tokens.shape), ones)
-    batch = jax.device_put(batch)
-    hyper = Hyperparameters(*(jnp.float32(x) for x in (2.2e-4, 0.3, 0.001)))
 
     def step() -> float:
         nonlocal state
@@ -149,52 +130,6 @@ def measure_torch(config: ModelConfig, steps: int, threads: int) -> dict:
     return timed(step, steps)
 
 
-def hugging_face_config(config: ModelConfig):
-    """`transformers.DeepseekV3Config` of the same architecture, without MTP."""
-    import transformers
-
-    attention, moe = config.attention, config.moe
-    rope = {"rope_type": "default", "rope_theta": attention.rope_theta}
-    if attention.yarn is not None:
-        yarn = attention.yarn
-        rope |= {
-            "rope_type": "yarn",
-            "factor": yarn.factor,
-            "original_max_position_embeddings": yarn.original_length,
-            "beta_fast": yarn.beta_fast,
-            "beta_slow": yarn.beta_slow,
-            "mscale": yarn.mscale,
-            "mscale_all_dim": yarn.mscale_all_dim,
-        }
-    return transformers.DeepseekV3Config(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.dense_ffn_size,
-        moe_intermediate_size=moe.expert_ffn_size,
-        num_hidden_layers=config.num_layers,
-        first_k_dense_replace=config.num_dense_layers,
-        num_attention_heads=attention.num_heads,
-        num_key_value_heads=attention.num_heads,
-        q_lora_rank=attention.q_lora_rank,
-        kv_lora_rank=attention.kv_lora_rank,
-        qk_nope_head_dim=attention.qk_nope_head_dim,
-        qk_rope_head_dim=attention.qk_rope_head_dim,
-        v_head_dim=attention.v_head_dim,
-        rope_parameters=rope,
-        n_routed_experts=moe.num_experts,
-        n_shared_experts=moe.num_shared_experts,
-        num_experts_per_tok=moe.experts_per_token,
-        n_group=moe.num_groups,
-        topk_group=moe.groups_per_token,
-        norm_topk_prob=moe.normalize_weights,
-        routed_scaling_factor=moe.routed_scale,
-        rms_norm_eps=config.rms_norm_eps,
-        initializer_range=config.init_std,
-        tie_word_embeddings=config.tie_embeddings,
-        num_mtp_layers=0,
-    )
-
-
 def report(results: dict[str, list[dict]]) -> str:
     """The table, with what is needed to read it later."""
     rates = {side: [run["tokens_per_second"] for run in runs] for side, runs in results.items()}
@@ -216,16 +151,6 @@ def report(results: dict[str, list[dict]]) -> str:
         lines.append(f"| {label} | {medians[side]:,.0f} | {turns} | {first:.1f} s |")
     lines += ["", f"Ratio of the medians: **{medians['deepseek_jax'] / medians['torch']:.2f}**.", ""]
     return "\n".join(lines)
-
-
-def machine() -> str:
-    """The processor's name and the number of cores."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = names[0] if names else name
-    return f"{name}, {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":
