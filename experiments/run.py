@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import errno
 import importlib
 import importlib.util
 import os
@@ -77,8 +78,9 @@ def main(argv: Sequence[str]) -> int:
         _check_workdir(workdir, experiment, resume=options.resume)
         started = True
         return _run(experiment, workdir, resume=options.resume, profile=profile)
-    except KeyboardInterrupt:
-        return _fail("interrupted before there was anything to save", 128 + signal.SIGINT)
+    except KeyboardInterrupt as interrupt:
+        number = getattr(interrupt, "signal", signal.SIGINT)
+        return _fail(str(interrupt) or "interrupted before there was anything to save", 128 + number)
     except Exception as error:
         if not is_user_error(error):
             raise
@@ -254,8 +256,10 @@ def prepare_environment(environment: MutableMapping[str, str], *, virtual_device
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Whether the message is written for the user: the library's own errors are, any other is a bug to trace."""
+    """Whether the message is for the user: the library's own errors are, and a disk's; any other is a bug to trace."""
     ours = ("deepseek_jax", "pallas_kernels")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        return True
     return isinstance(error, UsageError) or any(cls.__module__.partition(".")[0] in ours for cls in type(error).__mro__)
 
 

@@ -60,9 +60,8 @@ def main(argv: Sequence[str]) -> int:
             draw(runs, METRIC.value, TITLE.value).savefig(OUT.value, dpi=160)
         for run in runs:
             values = series(run, METRIC.value)[1]
-            print(
-                f"{Path(run).name}: {METRIC.value} {values[-max(len(values) // 4, 1) :].mean():.4g} over the last quarter"
-            )
+            late = values[-max(len(values) // 4, 1) :].mean()
+            print(f"{Path(run).name}: {METRIC.value} {late:.4g} over the last quarter")
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

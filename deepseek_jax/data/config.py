@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from deepseek_jax.config import ConfigError, require
 
@@ -24,14 +24,15 @@ class Source:
         name = type(self).__name__
         require(self.weight > 0, f"data.sources: the weight of a {name} must be positive, not {self.weight}")
         if self.has_path:
-            path = os.fspath(self.path)  # an epath.Path is welcome; the string is what hashes, prints and compares
+            source: Any = self  # the subclass declares the path
+            path = os.fspath(source.path)  # an epath.Path is welcome; the string hashes, prints and compares
             require(bool(path), f"data.sources: a {name} needs a path")
             object.__setattr__(self, "path", path)
 
-    def _check_on_error(self) -> None:
+    def _check_on_error(self, on_error: OnError) -> None:
         require(
-            self.on_error in ("raise", "skip"),
-            f"data.sources: on_error of a {type(self).__name__} must be raise or skip, not {self.on_error!r}",
+            on_error in ("raise", "skip"),
+            f"data.sources: on_error of a {type(self).__name__} must be raise or skip, not {on_error!r}",
         )
 
 
@@ -59,7 +60,7 @@ class Jsonl(Source):
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_on_error()
+        self._check_on_error(self.on_error)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class Parquet(Source):
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_on_error()
+        self._check_on_error(self.on_error)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

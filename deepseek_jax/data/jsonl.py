@@ -33,7 +33,7 @@ def open_jsonl(source: Jsonl) -> Documents:
     skips = SkipCounter(source.on_error)
     files = list_files(source.path, _PATTERNS)
     if any(path.suffix in _COMPRESSED for _, path in files):
-        documents = InMemory(source.path, iterate_jsonl(source, skips))
+        documents: Documents = InMemory(source.path, iterate_jsonl(source, skips))
     else:
         documents = _IndexedLines(source, files, skips)
     skips.report(source.path)

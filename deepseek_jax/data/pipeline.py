@@ -126,14 +126,14 @@ class DocumentEncoder:
 
     def __call__(self, position: int, index: np.integer) -> dict[str, np.ndarray]:
         """`position` in the run's endless order tells the epoch; `index` is the document's in its source."""
-        index = int(index)
+        number = int(index)
         epoch = position // len(self._source.train)
-        identity = int(self._source.documents.digests[index])
+        identity = int(self._source.documents.digests[number])
         rng = np.random.Generator(np.random.PCG64(_hash_int(self._seed, epoch, identity, bits=128)))
         if rng.random() < self._config.fim_rate:
-            tokens = rearrange(self._source.documents[index].text, self._tokenizer, rng)
+            tokens = rearrange(self._source.documents[number].text, self._tokenizer, rng)
         else:
-            tokens = self._tokens(index)
+            tokens = self._tokens(number)
         if self._combined is not None:
             tokens = self._combined.split(tokens, self._config.split_combined_rate, rng)
         return {"tokens": np.concatenate([self._begin, tokens, self._end])}

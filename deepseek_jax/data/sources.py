@@ -22,6 +22,7 @@ _GENERATED = ("_sysconfigdata", "config-")
 
 def open_documents(source: Source) -> Documents:
     """The documents of `source` in random access. Raises `DataError` if it is missing, empty or broken."""
+    documents: Documents
     match source:
         case StandardLibrary():
             documents = _Files("the standard library", _standard_library())
@@ -44,8 +45,7 @@ def stream_documents(source: Source) -> Iterator[Document]:
     """The documents of `source` in order, without holding them: for corpora larger than memory."""
     if isinstance(source, Jsonl | Parquet):
         skips = SkipCounter(source.on_error)
-        iterate = iterate_jsonl if isinstance(source, Jsonl) else iterate_parquet
-        yield from iterate(source, skips)
+        yield from iterate_jsonl(source, skips) if isinstance(source, Jsonl) else iterate_parquet(source, skips)
         skips.report(source.path)
     else:
         documents = open_documents(source)

@@ -58,12 +58,22 @@ _PIECES = "|".join(
 class Tokenizer:
     """Text to tokens and back. Text never turns into a special token: whoever wants one places its id.
 
-    Attributes:
-        bos_id, pad_id, fim_begin_id, fim_hole_id, fim_end_id, user_id, assistant_id, think_begin_id, think_end_id:
-            ids of the special tokens, or None for those that the vocabulary lacks.
-        eos_id: every tokenizer has one.
-        vocab_size: one more than the largest id.
+    Ids of special tokens are None where the vocabulary lacks the token.
     """
+
+    vocab_size: int
+    """One more than the largest id."""
+    eos_id: int
+    pad_id: int
+    """The end of sentence's where there is no token for padding."""
+    bos_id: int | None
+    fim_begin_id: int | None
+    fim_hole_id: int | None
+    fim_end_id: int | None
+    user_id: int | None
+    assistant_id: int | None
+    think_begin_id: int | None
+    think_end_id: int | None
 
     def __init__(self, backend: tokenizers.Tokenizer, name: str = "tokenizer"):
         """Raises `DataError` if `backend` has no end-of-sentence token."""
@@ -72,7 +82,7 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         backend.encode_special_tokens = True  # "<|…|>" written in a document is text like any other
-        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         for role, spellings in SPECIAL_NAMES.items():
             setattr(self, f"{role}_id", next((i for s in spellings if (i := backend.token_to_id(s)) is not None), None))
         self.require_specials("eos", reason="every document ends with it")

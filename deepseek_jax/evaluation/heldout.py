@@ -34,7 +34,8 @@ class TextTokenizer(Protocol):
 class Document(Protocol):
     """Anything with a text; see `data.documents.Document`."""
 
-    text: str
+    @property
+    def text(self) -> str: ...
 
 
 class HeldoutResult(NamedTuple):
@@ -133,8 +134,8 @@ def _stream(tokenizer: TextTokenizer, texts: Sequence[str], add_bos: bool) -> np
     """All documents as one row of tokens, int32 `[n]`; the first token is given, not predicted."""
     if add_bos and tokenizer.bos_id is None:
         raise ValueError("the tokenizer has no bos token; evaluate with add_bos=False, as it was trained")
-    begin = [tokenizer.bos_id] if add_bos else []
-    pieces = [] if add_bos else [[tokenizer.eos_id]]
+    begin = [tokenizer.bos_id] if add_bos and tokenizer.bos_id is not None else []
+    pieces: list[Sequence[int] | np.ndarray] = [] if add_bos else [[tokenizer.eos_id]]
     for text in texts:
         pieces += [begin, tokenizer.encode(text), [tokenizer.eos_id]]
     return np.concatenate([np.asarray(piece, np.int32) for piece in pieces])

@@ -6,7 +6,7 @@ import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import matplotlib
 import matplotlib.cm
@@ -21,7 +21,7 @@ GREY, INK = "#868e96", "#212529"
 LAYERS = matplotlib.colormaps["viridis"]
 LOADS = matplotlib.colormaps["RdBu_r"]
 _MAX_COLUMNS = 400
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 10,
     "text.color": INK,
@@ -74,11 +74,11 @@ def column(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def compression_bars(model: float | None, gzip: Mapping[str, float] | None, xz: Mapping[str, float] | None) -> Figure:
     """Held-out bits per byte of the model and of the compressors, as bars from zero; shorter is better."""
-    bars = [("this model", model, HELDOUT)]
-    for name, sizes, colour in (("xz -9e", xz, _lighter(XZ)), ("gzip -9", gzip, _lighter(GZIP))):
+    readings: list[tuple[str, float | None, str | tuple[float, float, float]]] = [("this model", model, HELDOUT)]
+    for name, sizes, light in (("xz -9e", xz, _lighter(XZ)), ("gzip -9", gzip, _lighter(GZIP))):
         for key, reading in (("concatenated", "all files as one"), ("per_file", "file by file")):
-            bars.append((f"{name}, {reading}", (sizes or {}).get(key), colour))
-    bars = [bar for bar in bars if _finite(bar[1])]
+            readings.append((f"{name}, {reading}", (sizes or {}).get(key), light))
+    bars = [(name, value, colour) for name, value, colour in readings if _finite(value)]
     figure = Figure(figsize=(9, 0.5 + 0.42 * len(bars)), layout="constrained")
     axes = figure.subplots()
     longest = max(value for _, value, _ in bars)
@@ -177,10 +177,12 @@ def max_violation(train: Records) -> Figure | None:
     (layers,) = widths
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     axes = figure.subplots()
-    flat = [{"tokens": r.get("tokens", r.get("step", 0)), **dict(enumerate(r["max_vio"]))} for r in rows]
+    flat = [
+        {"tokens": r.get("tokens", r.get("step", 0)), **{str(i): v for i, v in enumerate(r["max_vio"])}} for r in rows
+    ]
     for layer in range(layers):
         colour = LAYERS(0.9 * layer / max(layers - 1, 1))
-        axes.plot(*column(flat, layer), color=colour, linewidth=1.4, label=f"layer {layer + 1}")
+        axes.plot(*column(flat, str(layer)), color=colour, linewidth=1.4, label=f"layer {layer + 1}")
     axes.set_ylim(bottom=0)
     axes.set_title("MaxVio = busiest expert's load ÷ balanced load − 1")
     _token_axis(axes)
@@ -258,5 +260,5 @@ def _lighter(colour: str) -> tuple[float, float, float]:
     return tuple((np.asarray(to_rgb(colour)) + 1) / 2)
 
 
-def _finite(value: Any) -> bool:
+def _finite(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

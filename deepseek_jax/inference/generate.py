@@ -91,7 +91,7 @@ class Generator:
         new, counts = jax.device_get((new, counts))
         return [new[row, lengths[row] :][: counts[row]].tolist() for row in range(len(prompts))]
 
-    def _check(self, prompts: list[list[int]], max_new_tokens: int, stop_ids: Collection[int]) -> None:
+    def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Collection[int]) -> None:
         vocab_size = self.config.vocab_size
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
@@ -162,7 +162,7 @@ class _Request(NamedTuple):
     seed: Any
 
 
-def _identities(prompts: list[list[int]]) -> list[tuple[int, int]]:
+def _identities(prompts: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
     seen: collections.Counter[tuple[int, ...]] = collections.Counter()
     identities = []
     for prompt in prompts:

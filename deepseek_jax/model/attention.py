@@ -12,6 +12,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax import ops
 from deepseek_jax.config import ModelConfig
@@ -94,7 +95,10 @@ class LatentAttention(nnx.Module):
     def _queries(self, x: jax.Array, ctx: LayerContext) -> tuple[jax.Array, jax.Array]:
         """The part without positions `[B, S, H, nope]` and the rotated part `[B, S, H, R]`."""
         cfg = self.config
-        q = self.q(x) if cfg.q_lora_rank is None else self.q_b(self.q_a_norm(self.q_a(x)))
+        if cfg.q_lora_rank is None:
+            q = checkpoint_name(self.q(x), "query")
+        else:
+            q = self.q_b(self.q_a_norm(checkpoint_name(self.q_a(x), "q_latent")))
         q_nope, q_rope = jnp.split(
             q.reshape(*x.shape[:2], cfg.num_heads, cfg.qk_head_dim), [cfg.qk_nope_head_dim], axis=-1
         )
@@ -102,5 +106,5 @@ class LatentAttention(nnx.Module):
 
     def _latents(self, x: jax.Array, ctx: LayerContext) -> tuple[jax.Array, jax.Array]:
         """The normed latent `[B, S, C]` and the rotated key `[B, S, R]` that all heads share (not normed)."""
-        latent, k_rope = jnp.split(self.kv_a(x), [self.config.kv_lora_rank], axis=-1)
+        latent, k_rope = jnp.split(checkpoint_name(self.kv_a(x), "kv_latent"), [self.config.kv_lora_rank], axis=-1)
         return self.kv_a_norm(latent), apply_rope(k_rope, ctx.cos, ctx.sin)

@@ -9,12 +9,29 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.attention import LatentAttention
 from deepseek_jax.model.context import LayerContext
 from deepseek_jax.model.layers import RMSNorm, SwiGLU, at_least_float32
 from deepseek_jax.model.moe import MoE, MoEOutput
+
+SAVED_ACTIVATIONS = (
+    "query",
+    "q_latent",
+    "kv_latent",
+    "attention_out",
+    "attention_lse",
+    "attention_residual",
+    "router_logits",
+    "routing",
+    "dispatch_plan",
+    "gate_up",
+    "cross_entropy_partials",
+)
+"""What a layer keeps for its backward pass under selective recomputation: all but norms, MLA's up-projections, SwiGLU
+and the dispatched rows, which are computed again (section 3.2.3). Names are those given to `checkpoint_name`."""
 
 
 class Block(nnx.Module):
@@ -25,14 +42,14 @@ class Block(nnx.Module):
         self.attention = LatentAttention(config)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if dense:
-            self.ffn = SwiGLU(config.hidden_size, config.dense_ffn_size, init_std=config.init_std)
+            self.ffn: SwiGLU | MoE = SwiGLU(config.hidden_size, config.dense_ffn_size, init_std=config.init_std)
         else:
             self.ffn = MoE(config)
 
     def __call__(self, x: jax.Array, ctx: LayerContext) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x `[B, S, D]` -> (x, balance loss scalar, load int32 `[E]` or `[0]`)."""
         with jax.named_scope("attention"):
-            x = x + self.attention(self.attention_norm(x), ctx)
+            x = checkpoint_name(x + self.attention(self.attention_norm(x), ctx), "attention_residual")
         with jax.named_scope("ffn"):
             return self.feed_forward(x, ctx)
 

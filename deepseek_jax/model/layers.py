@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.model.parameters import parameter
 
@@ -62,4 +63,4 @@ class SwiGLU(nnx.Module):
         self.down = Linear(ffn_size, hidden_size, ("ffn", "embed"), init_std=init_std)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(swiglu(self.gate_up(x)))
+        return self.down(swiglu(checkpoint_name(self.gate_up(x), "gate_up")))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax import ops
 from deepseek_jax.config import ModelConfig
@@ -21,6 +22,7 @@ from deepseek_jax.model.router import (
     select_experts,
     sequence_balance_loss,
 )
+from deepseek_jax.parallel.dispatch import Dispatched
 
 
 class MoEOutput(NamedTuple):
@@ -49,8 +51,10 @@ class Router(nnx.Module):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, Routing]:
         """x `[T, D]` -> affinities `[T, E]` and the routing."""
         wide = at_least_float32(x.dtype)
-        scores = router_scores(x.astype(wide) @ self.weight[...].astype(wide), self.config)
+        logits = checkpoint_name(x.astype(wide) @ self.weight[...].astype(wide), "router_logits")
+        scores = router_scores(logits, self.config)
         experts = select_experts(scores, None if self.bias is None else self.bias[...], self.config)
+        experts = checkpoint_name(experts, "routing")
         return scores, Routing(experts, combine_weights(scores, experts, self.config))
 
 
@@ -64,10 +68,13 @@ class RoutedExperts(nnx.Module):
         shape = (moe.num_experts, moe.expert_ffn_size, config.hidden_size)
         self.down = parameter(shape, ("expert", "expert_ffn", "embed"), init_std=config.init_std)
 
-    def __call__(self, rows: jax.Array, group_sizes: jax.Array, alignment: int) -> jax.Array:
-        """rows `[M, D]` in groups of `group_sizes` `[E]`, each starting at a multiple of `alignment`: `[M, D]`."""
-        gate_up = self.gate_up[...].astype(rows.dtype)
-        hidden = swiglu(ops.grouped_matmul(rows, gate_up, group_sizes, alignment=alignment))
+    def __call__(self, inputs: Dispatched, alignment: int) -> jax.Array:
+        """Rows `[M, D]` in groups that start at multiples of `alignment` -> weighted outputs `[M, D]`."""
+        rows, weights, group_sizes, _ = inputs
+        gate_up = ops.grouped_matmul(rows, self.gate_up[...].astype(rows.dtype), group_sizes, alignment=alignment)
+        gate_up = checkpoint_name(gate_up, "gate_up")
+        # The down projection is linear, so weighting its input weights its output.
+        hidden = swiglu(gate_up) * weights[:, None].astype(rows.dtype)
         return ops.grouped_matmul(hidden, self.down[...].astype(rows.dtype), group_sizes, alignment=alignment)
 
 
@@ -96,11 +103,11 @@ class MoE(nnx.Module):
             )
             load = expert_load(routing.experts, config.num_experts, None if ctx.valid is None else ctx.valid.ravel())
         with jax.named_scope("dispatch"):
-            rows, group_sizes, handle = ctx.dispatcher.dispatch(tokens, routing.experts)
+            inputs = ctx.dispatcher.dispatch(tokens, routing.experts, routing.weights)
         with jax.named_scope("shared_experts"):
             y = jnp.zeros_like(tokens) if self.shared is None else self.shared(tokens)
         with jax.named_scope("routed_experts"):
-            outputs = self.experts(rows, group_sizes, ctx.dispatcher.alignment)
+            outputs = self.experts(inputs, ctx.dispatcher.alignment)
         with jax.named_scope("combine"):
-            y = y + ctx.dispatcher.combine(outputs, routing.weights, handle)
+            y = y + ctx.dispatcher.combine(outputs, inputs.handle)
         return MoEOutput(y.reshape(x.shape), balance_loss, load)

@@ -89,11 +89,6 @@ def abstract_values(module: nnx.Module, kind: type[nnx.Variable] = nnx.Param) ->
     return map_leaves(lambda variable: variable.get_value(), _variables(module, kind))
 
 
-def values(module: nnx.Module, kind: type[nnx.Variable] = nnx.Param) -> Tree:
-    """The arrays of a bound module, as a nested dict."""
-    return abstract_values(module, kind)
-
-
 def _variables(module: nnx.Module, kind: type[nnx.Variable]) -> Tree:
     return _as_dict(nnx.state(module, kind))
 

@@ -7,12 +7,14 @@ of one kind stacked along the leading dimension.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax import ops
+from deepseek_jax.model.block import SAVED_ACTIVATIONS
 from deepseek_jax.model.context import LayerContext
 from deepseek_jax.model.mtp import shift_left
 from deepseek_jax.model.targets import Microbatch, targets
@@ -64,7 +66,7 @@ def staged_model(
 
         return layer
 
-    def finish(params: Tree, x: jax.Array, batch: Microbatch, ctx: LayerContext, scales: LossScales):
+    def finish(params: Tree, x: jax.Array, batch: Microbatch, ctx, scales: LossScales):
         hidden = _bind(model.final_norm, params["final_norm"])(x)
         head = (params["embedding"]["weight"].T if model.head is None else params["head"]["weight"]).astype(x.dtype)
         main_sum = _loss_sum(hidden, head, batch, 0, mask_documents)
@@ -87,10 +89,11 @@ def staged_model(
         embed=embed,
         layers={kind: layer_function(stack) for kind, stack in layers.items() if stack is not None},
         finish=finish,
+        saved_activations=SAVED_ACTIVATIONS,
     )
 
 
-def _bind(module: nnx.Module, params: Tree) -> nnx.Module:
+def _bind(module: Any, params: Tree) -> Any:
     return nnx.merge(nnx.graphdef(module), params)
 
 

@@ -6,7 +6,7 @@ also reads t_{i+k} and predicts t_{i+k+1}.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,14 @@ from deepseek_jax.model.mtp import shift_left
 
 
 class Microbatch(NamedTuple):
-    """Rows of packed documents, each array int32 `[B, S + 1]`."""
+    """Rows of packed documents, each array int32 `[B, S + 1]`: NumPy's on the host, JAX's in a step."""
 
-    tokens: jax.Array
-    segment_ids: jax.Array
+    tokens: Any
+    segment_ids: Any
     """Which document of the row a token belongs to, from 1; 0 is padding."""
-    positions: jax.Array
+    positions: Any
     """Position within the document."""
-    loss_mask: jax.Array
+    loss_mask: Any
     """1 where the token may be a label."""
 
 

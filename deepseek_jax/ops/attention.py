@@ -22,6 +22,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.ops import attention_cudnn
 from deepseek_jax.ops.implementation import accumulator, choose
@@ -152,6 +153,8 @@ def _forward(q, k, v, segment_ids, scale):
     out, lse = _by_rows(
         functools.partial(_forward_rows, block=block, scale=scale), (q, k, v, segment_ids), heads, block
     )
+    # Named, so that a layer that is computed again for its backward pass need not run attention again.
+    out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
     return out, (q, k, v, segment_ids, out, lse)
 
 

@@ -14,6 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.ops.implementation import accumulator, choose
 
@@ -138,6 +139,8 @@ def _forward(hidden, head, labels, offset, vocab_size, chunk):
 
     _, parts = lax.scan(of_chunk, None, (_to_chunks(hidden, chunk), _to_chunks(labels, chunk)))
     top, total, label = (_from_chunks(x, hidden.shape[0]) for x in parts)
+    # Named, so that a loss that is computed again for its backward pass need not make the logits a third time.
+    top, total, label = (checkpoint_name(part, "cross_entropy_partials") for part in (top, total, label))
     return (top, total, label), (hidden, head, labels, offset, top)
 
 

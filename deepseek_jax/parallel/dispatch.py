@@ -1,28 +1,45 @@
 """Expert dispatch: tokens to the experts they chose, and the experts' outputs back.
 
-A dispatcher is an object with `dispatch(x, routing) -> (inputs, group_sizes, handle)` and
-`combine(outputs, handle) -> y`. `inputs` holds one group of rows per expert, each group starting at a multiple of
-`alignment`, padding rows zero: what `ops.grouped_matmul` wants. The backward pass of dispatch is a combine and that
-of combine a dispatch, with the same indices, so nothing is ever scattered.
+A dispatcher is an object with `dispatch(x, experts, weights) -> Dispatched` and `combine(outputs, handle) -> y`. The
+rows it makes hold one group per expert, each group starting at a multiple of `alignment`, padding rows zero: what
+`ops.grouped_matmul` wants. Combine weights travel with their rows and multiply an expert's hidden activations, so
+combining is a plain sum and its backward pass needs no expert outputs. The backward pass of dispatch is a combine and
+that of combine a dispatch, with the same indices, so nothing is ever scattered.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 
 class Dispatcher(Protocol):
     """What the MoE layer needs: see `LocalDispatcher` for shapes."""
 
-    alignment: int
+    @property
+    def alignment(self) -> int: ...
 
-    def dispatch(self, x: jax.Array, experts: jax.Array) -> tuple[jax.Array, jax.Array, Any]: ...
+    def dispatch(self, x: jax.Array, experts: jax.Array, weights: jax.Array) -> Dispatched: ...
 
-    def combine(self, outputs: jax.Array, weights: jax.Array, handle: Any) -> jax.Array: ...
+    def combine(self, outputs: jax.Array, handle: Any) -> jax.Array: ...
+
+
+class Dispatched(NamedTuple):
+    """Tokens grouped by expert."""
+
+    rows: jax.Array
+    """`[M, D]`: one group per expert."""
+    weights: jax.Array
+    """`[M]`: the combine weight of each row, 0 for padding."""
+    group_sizes: jax.Array
+    """int32 `[E]`: rows of each group, padding not counted."""
+    handle: Any
+    """What `combine` needs to bring the rows back."""
 
 
 class LocalHandle(NamedTuple):
@@ -45,14 +62,14 @@ class LocalDispatcher:
         """Rows that hold `pairs` under any routing, every group aligned."""
         return _round_up(pairs + self.num_experts * (self.alignment - 1), self.alignment)
 
-    def dispatch(self, x: jax.Array, experts: jax.Array) -> tuple[jax.Array, jax.Array, LocalHandle]:
-        """Gathers rows of x `[T, D]` by expert: returns inputs `[M, D]`, group sizes int32 `[E]` and the handle."""
+    def dispatch(self, x: jax.Array, experts: jax.Array, weights: jax.Array) -> Dispatched:
+        """Gathers rows of x `[T, D]` by expert; experts int32 and weights are `[T, K]`."""
         group_sizes, handle = self._plan(experts)
-        return _gather_tokens(x, handle), group_sizes, handle
+        return Dispatched(_gather_tokens(x, handle), _gather_pairs(weights, handle), group_sizes, handle)
 
-    def combine(self, outputs: jax.Array, weights: jax.Array, handle: LocalHandle) -> jax.Array:
-        """Sums the experts' outputs `[M, D]` over each token's choices, times weights `[T, K]`: `[T, D]`."""
-        return _combine_rows(outputs, weights, handle)
+    def combine(self, outputs: jax.Array, handle: LocalHandle) -> jax.Array:
+        """Sums rows `[M, D]` over each token's choices: `[T, D]`."""
+        return _sum_choices(outputs, handle)
 
     def _plan(self, experts: jax.Array) -> tuple[jax.Array, LocalHandle]:
         pairs = experts.size
@@ -68,7 +85,8 @@ class LocalDispatcher:
             jnp.full(self.buffer_rows(pairs), pairs, jnp.int32).at[row_of_sorted].set(order, unique_indices=True)
         )
         rows = jnp.zeros(pairs, jnp.int32).at[order].set(row_of_sorted, unique_indices=True)
-        return group_sizes, LocalHandle(rows.reshape(experts.shape), pair_of_row)
+        plan = group_sizes, LocalHandle(rows.reshape(experts.shape), pair_of_row)
+        return jax.tree.map(lambda leaf: checkpoint_name(leaf, "dispatch_plan"), plan)
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -82,36 +100,28 @@ def _take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _gather_tokens(x: jax.Array, handle: LocalHandle) -> jax.Array:
+    """`[T, D]` -> `[M, D]`: the token of each buffer row."""
     return _take_rows(x, handle.pairs // handle.rows.shape[1])
 
 
-def _gather_tokens_fwd(x, handle):
-    return _gather_tokens(x, handle), handle
-
-
-def _gather_tokens_bwd(handle, grad):
-    return grad[handle.rows].sum(axis=1), None
-
-
-_gather_tokens.defvjp(_gather_tokens_fwd, _gather_tokens_bwd)
+@jax.custom_vjp
+def _gather_pairs(weights: jax.Array, handle: LocalHandle) -> jax.Array:
+    """`[T, K]` -> `[M]`: the weight of each buffer row."""
+    return _take_rows(weights.reshape(-1), handle.pairs)
 
 
 @jax.custom_vjp
-def _combine_rows(outputs: jax.Array, weights: jax.Array, handle: LocalHandle) -> jax.Array:
-    return jnp.einsum("tkd,tk->td", outputs[handle.rows], weights.astype(outputs.dtype))
+def _sum_choices(rows: jax.Array, handle: LocalHandle) -> jax.Array:
+    """`[M, D]` -> `[T, D]`: the sum of each token's rows."""
+    # One gather per choice and a running sum: a gather of [T, K, D] would be written out and read again.
+    return sum(rows[handle.rows[:, choice]] for choice in range(handle.rows.shape[1]))
 
 
-def _combine_rows_fwd(outputs, weights, handle):
-    return _combine_rows(outputs, weights, handle), (outputs, weights, handle)
+def _transposed_by(gather: Callable, transpose: Callable) -> None:
+    """Makes `transpose(gradient, handle)` the backward pass of the linear map `gather(x, handle)`."""
+    gather.defvjp(lambda x, handle: (gather(x, handle), handle), lambda handle, g: (transpose(g, handle), None))
 
 
-def _combine_rows_bwd(residuals, grad):
-    outputs, weights, handle = residuals
-    choices = handle.rows.shape[1]
-    row_weights = _take_rows(weights.reshape(-1), handle.pairs).astype(grad.dtype)
-    outputs_grad = _take_rows(grad, handle.pairs // choices) * row_weights[:, None]
-    weights_grad = jnp.einsum("tkd,td->tk", outputs[handle.rows], grad).astype(weights.dtype)
-    return outputs_grad, weights_grad, None
-
-
-_combine_rows.defvjp(_combine_rows_fwd, _combine_rows_bwd)
+_transposed_by(_gather_tokens, _sum_choices)
+_transposed_by(_sum_choices, _gather_tokens)
+_transposed_by(_gather_pairs, lambda g, handle: g[handle.rows])

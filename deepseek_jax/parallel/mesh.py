@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import numpy as np
@@ -29,8 +30,9 @@ class ParallelConfig:
     expert: int = 1
     microbatch_rows: int | None = None
     """Rows (sequences) of a microbatch on one device; None takes a device's whole share at once."""
-    recompute: bool = False
-    """Keep only each layer's input for the backward pass: less memory, a third more compute."""
+    recompute: Literal["none", "selective", "full"] = "selective"
+    """What the backward pass computes again: nothing; norms, MLA up-projections and SwiGLU, as the paper does (section
+    3.2.3); or all but each layer's input, for the least memory at a third more compute."""
 
     def __post_init__(self):
         for name in AXES:
@@ -38,6 +40,10 @@ class ParallelConfig:
         require(
             self.microbatch_rows is None or self.microbatch_rows >= 1,
             f"parallel.microbatch_rows must be at least 1, not {self.microbatch_rows}",
+        )
+        require(
+            self.recompute in ("none", "selective", "full"),
+            f"parallel.recompute must be none, selective or full, not {self.recompute!r}",
         )
         for name in ("pipe", "node", "expert"):
             require(

@@ -171,6 +171,7 @@ class ParameterLayout:
         local_shape = sharding.shard_shape(shape)[2:]
         rows: dict[jax.Device, list] = {}
         for device, index in sharding.addressable_devices_indices_map(shape).items():
+            assert index is not None  # None would be a device without any part of it
             stage = index[0].indices(stages)[0]
             rows[device] = [layers.get((stage, slot)) for slot in range(slots)]
         shards = []

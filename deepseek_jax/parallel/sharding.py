@@ -31,7 +31,7 @@ def partition_spec(axes: tuple[str | None, ...]) -> P:
     Raises:
       ValueError: an axis is unknown, or two axes of the array map to one mesh axis.
     """
-    entries, used = [], set()
+    entries, used = [], set[str]()
     for axis in axes:
         if axis is not None and axis not in RULES:
             raise ValueError(f"unknown logical axis {axis!r}; known: {', '.join(RULES)}")

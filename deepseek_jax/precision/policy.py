@@ -25,4 +25,3 @@ class PrecisionPolicy:
 
 
 FLOAT32 = PrecisionPolicy(compute="float32")
-BFLOAT16 = PrecisionPolicy(compute="bfloat16")

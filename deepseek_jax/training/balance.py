@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def bias_step(load: jax.Array) -> jax.Array:
@@ -20,7 +21,7 @@ def bias_step(load: jax.Array) -> jax.Array:
     return jnp.where(below, 1, jnp.where(at_mean, 0, -1)).astype(jnp.int32)
 
 
-def update_bias(bias: jax.Array, load: jax.Array, rate: jax.Array) -> jax.Array:
+def update_bias(bias: jax.Array, load: jax.Array, rate: jax.Array | np.float32) -> jax.Array:
     """The bias `[..., E]` after one optimizer step that saw `load` over the whole global batch; `rate` is γ."""
     return bias + rate.astype(bias.dtype) * bias_step(load).astype(bias.dtype)
 

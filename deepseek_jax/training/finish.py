@@ -31,11 +31,11 @@ class HeldoutEvaluator:
     def __init__(self, experiment: Experiment, trainer: Trainer, tokenizer: Tokenizer):
         self._experiment, self._trainer, self._tokenizer = experiment, trainer, tokenizer
         self.documents = heldout_documents(experiment.data)
-        self._first_documents = _prefix(self.documents, experiment.evaluation.max_bytes)
+        self._some_documents = _some(self.documents, experiment.evaluation.max_bytes)
 
     def __call__(self, state: TrainState, *, complete: bool) -> HeldoutResult | None:
-        """The result over all held-out text, or over its first `evaluation.max_bytes`; None if nothing is held out."""
-        documents = self.documents if complete else self._first_documents
+        """The result over all held-out text, or about `evaluation.max_bytes` of it; None if nothing is held out."""
+        documents = self.documents if complete else self._some_documents
         if not documents:
             return None
         shards = self._experiment.parallel.batch_shards * (self._experiment.parallel.microbatch_rows or 1)
@@ -74,8 +74,8 @@ def finish_run(
     log: Callable[[str], None],
 ) -> float | None:
     """Writes samples.jsonl, result.json and report.html; returns the held-out bits per byte."""
-    if heldout is None and (result := evaluator(state, complete=True)) is not None:
-        heldout = result.bits_per_byte
+    if heldout is None and (judged := evaluator(state, complete=True)) is not None:
+        heldout = judged.bits_per_byte
     if jax.process_index() != 0:
         return heldout
     baselines = None
@@ -111,8 +111,10 @@ def _samples(experiment: Experiment, state: TrainState, tokenizer: Tokenizer, st
     prompts = experiment.evaluation.samples
     if not prompts:
         return []
-    generator = Generator(bind(experiment.model, state.params, state.router_bias))
-    begin = [tokenizer.bos_id] if experiment.data.add_bos else []
+    # This process speaks alone, on one device: of what every device holds, it takes its own copy.
+    params, bias = jax.tree.map(lambda array: array.addressable_data(0), (state.params, state.router_bias))
+    generator = Generator(bind(experiment.model, params, bias))
+    begin = [tokenizer.bos_id] if experiment.data.add_bos and tokenizer.bos_id is not None else []
     encoded = [[*begin, *map(int, tokenizer.encode(prompt))] for prompt in prompts]
     samples = []
     for method, sampling in (("greedy", GREEDY), ("temperature 0.8, top-p 0.95", WARM)):
@@ -140,7 +142,7 @@ def _say(log: Callable[[str], None], result: dict, samples: list[dict], report: 
     log(f"report                  {report}")
 
 
-def _prefix(documents: list, max_bytes: int | None) -> list:
+def _some(documents: list, max_bytes: int | None) -> list:
     """Documents, evenly spread over the list, of about `max_bytes` in all."""
     if max_bytes is None:
         return documents

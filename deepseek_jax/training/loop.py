@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import signal
+import os
 import time
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,9 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding
 
+from deepseek_jax.config import require
 from deepseek_jax.config_io import save_config, to_dict
-from deepseek_jax.data import Tokenizer, check_vocab, make_tokenizer, train_rows
+from deepseek_jax.data import RowIterator, Tokenizer, check_vocab, make_tokenizer, train_rows
 from deepseek_jax.model.targets import Microbatch
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.mesh import make_mesh
@@ -27,12 +28,15 @@ from deepseek_jax.training import canonical
 from deepseek_jax.training.checkpoint import CheckpointStore, check_compatible
 from deepseek_jax.training.experiment import Experiment
 from deepseek_jax.training.finish import HeldoutEvaluator, finish_run
-from deepseek_jax.training.metrics import MetricsWriter
+from deepseek_jax.training.metrics import JSONL_NAME, MetricsWriter
 from deepseek_jax.training.optimizer import adamw
 from deepseek_jax.training.profiling import StepTrace, measure_matmul_peak
 from deepseek_jax.training.progress import Progress, human_count
+from deepseek_jax.training.signals import Signals, name_of
 from deepseek_jax.training.stability import NonFiniteGuard
 from deepseek_jax.training.step import Hyperparameters, StepConfig, StepMetrics, Trainer, TrainState
+
+TOKENIZER_NAME = "tokenizer.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +81,8 @@ def train(
 ) -> RunResult:
     """Trains `experiment` in the folder `workdir`, from nothing or, with `resume`, from its last checkpoint.
 
+    SIGINT and SIGTERM end it after the step at hand, with a checkpoint; a second one at once, without.
+
     Args:
       experiment: the run.
       workdir: gets config.json, tokenizer.json, metrics.jsonl, checkpoints, result.json and report.html.
@@ -86,6 +92,7 @@ def train(
     Raises:
       ConfigError, DataError, CheckpointError: before any training, in the user's terms.
       NonFiniteLossError: a loss or gradient was not finite; its batch is saved, no checkpoint is.
+      StoppedAtOnce: a second signal came.
     """
     started = time.monotonic()
     folder = epath.Path(workdir)
@@ -93,9 +100,15 @@ def train(
 
     # --- mesh and model: abstract, so that a wrong config costs nothing ---
     trainer = make_trainer(experiment)
+    store = CheckpointStore(
+        experiment.checkpoint.directory or folder / "checkpoints",
+        keep_last=experiment.checkpoint.keep_last,
+        keep_best=experiment.checkpoint.keep_best,
+    )
+    if not resume:
+        _require_new(folder, store)
 
     # --- tokenizer and data ---
-    folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(experiment, folder, resume)
     check_vocab(tokenizer, experiment.model.vocab_size)
     rows = train_rows(
@@ -106,23 +119,20 @@ def train(
         host_count=jax.process_count(),
     )
     evaluator = HeldoutEvaluator(experiment, trainer, tokenizer)
-    save_config(experiment, folder / "config.json")
 
-    # --- state: from a checkpoint, or from the seed ---
-    store = CheckpointStore(
-        experiment.checkpoint.directory or folder / "checkpoints",
-        keep_last=experiment.checkpoint.keep_last,
-        keep_best=experiment.checkpoint.keep_best,
-    )
+    # --- state: from the newest checkpoint, or from the seed, where a run that died before its first one was ---
     identity = {"model": to_dict(experiment.model), "tokenizer_fingerprint": tokenizer.fingerprint()}
-    if resume:
-        state, step, tokens = _restore(store, trainer, rows, identity, experiment.seed)
+    if resume and store.latest_step() is not None:
+        state, step, tokens, seconds = _restore(store, trainer, rows, identity)
     else:
-        state, step, tokens = trainer.initial_state(experiment.seed), 0, 0
+        state, step, tokens, seconds = trainer.initial_state(experiment.seed), 0, 0, 0.0
+    started -= seconds
 
-    # --- steps ---
-    run = _Run(experiment, trainer, rows, store, identity, evaluator, folder, resume_step=step if resume else None)
-    with store, _Signals() as signals, StepTrace(folder / "profile", profile) as trace, run:
+    # --- steps: only now, when nothing of it can be wrong any more, does the folder change ---
+    run = _Run(experiment, trainer, rows, store, identity, evaluator, folder, started, step if resume else None)
+    _save_tokenizer(tokenizer, folder)
+    save_config(experiment, folder / "config.json")
+    with store, Signals() as signals, StepTrace(folder / "profile", profile) as trace, run:
         state, step, tokens, last = run.steps(state, step, tokens, signals, trace)
         if signals.received is not None:
             return RunResult("interrupted", step, tokens, workdir, signals.received, last)
@@ -136,9 +146,9 @@ def train(
 class _Run:
     """The inner loop and what it writes to."""
 
-    def __init__(self, experiment, trainer, rows, store, identity, evaluator, folder, *, resume_step):
+    def __init__(self, experiment, trainer, rows, store, identity, evaluator, folder, started, resume_step):
         self.experiment, self.trainer, self.rows, self.store = experiment, trainer, rows, store
-        self.identity, self.evaluator, self.folder = identity, evaluator, folder
+        self.identity, self.evaluator, self.started, self.resume_step = identity, evaluator, started, resume_step
         self.writer = MetricsWriter(
             folder,
             tensorboard=experiment.logging.tensorboard,
@@ -158,17 +168,18 @@ class _Run:
         self.rows.close()
         self.writer.close()
 
-    def steps(self, state: TrainState, step: int, tokens: int, signals: _Signals, trace: StepTrace):
+    def steps(self, state: TrainState, step: int, tokens: int, signals: Signals, trace: StepTrace):
         """Steps until the tokens are spent, the data ends or a signal comes; returns the state and where it is."""
         experiment, schedule = self.experiment, self.experiment.schedule
-        heldout, logged = None, (time.monotonic(), tokens)
+        judged, logged = _NOT_JUDGED, (time.monotonic(), tokens)
+        last = tokens >= schedule.total_tokens
         self.progress = Progress(schedule.total_tokens, start_tokens=tokens)
         with self.progress:
-            self._announce(tokens)
-            while tokens < schedule.total_tokens and signals.received is None:
+            self._announce(step, tokens)
+            while not last and signals.received is None:
                 try:
                     batch = self.next_batch(schedule.rows(tokens))
-                except StopIteration:
+                except StopIteration:  # a finished run, resumed
                     break
                 hyper = self._hyperparameters(tokens)
                 with trace.step(step + 1):
@@ -176,20 +187,23 @@ class _Run:
                 step, tokens = step + 1, tokens + batch.tokens
                 self.guard.watch(step, metrics, batch.host)
                 self.progress.advance(tokens)
-                last = tokens >= schedule.total_tokens
+                last = tokens >= schedule.total_tokens or batch.is_last
                 if step % experiment.logging.every_steps == 0 or last or step == 1:
                     logged = self._log(step, tokens, metrics, hyper, batch, logged)
-                heldout = self._evaluate_if_due(state, step, tokens, last)
+                judged = self._evaluate_if_due(state, step, tokens, last)
                 if step % experiment.checkpoint.every_steps == 0 and not last:
-                    self.save(state, step, tokens, heldout)
+                    self.save(state, step, tokens, judged.metric)
             self.guard.check()
             if self.store.latest_step() != step and step > 0:
-                self.save(state, step, tokens, heldout)
+                self.save(state, step, tokens, judged.metric)
             if signals.received is not None:
                 self.store.wait()
-                name = signal.Signals(signals.received).name
-                self.progress.log(f"{name}: saved step {step} ({human_count(tokens)} tokens) to {self.store.directory}")
-        return state, step, tokens, heldout
+                done = f"saved step {step} ({human_count(tokens)} tokens) to {self.store.directory}"
+                self.progress.log(f"{name_of(signals.received)}: {done if step else 'nothing to save before a step'}")
+            elif tokens < schedule.total_tokens:
+                ended = f"the data ended after {human_count(tokens)} of {human_count(schedule.total_tokens)} tokens"
+                self.progress.log(f"{ended}: data.epochs is {experiment.data.epochs}")
+        return state, step, tokens, judged.complete
 
     def next_batch(self, rows: int) -> _Batch:
         """The next `rows` sequences on the devices, padded with empty ones to what the mesh and microbatches need."""
@@ -201,17 +215,20 @@ class _Run:
         sharding = NamedSharding(self.trainer.mesh, BATCH_SPEC)
         on_host = Microbatch(**{name: padded[name] for name in Microbatch._fields})
         device = jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), on_host)
-        return _Batch(on_host, device, rows, rows * self.experiment.data.sequence_length)
+        # Several hosts end at different steps and must agree on one, so they go on with padding.
+        is_last = self.rows.exhausted and jax.process_count() == 1
+        return _Batch(on_host, device, rows, rows * self.experiment.data.sequence_length, is_last)
 
-    def save(self, state: TrainState, step: int, tokens: int, heldout: float | None) -> None:
+    def save(self, state: TrainState, step: int, tokens: int, metric: float | None) -> None:
         """Starts a checkpoint; a non-finite loss since the last check raises instead."""
         self.guard.check()
+        place = {"step": step, "tokens": tokens, "seconds": round(time.monotonic() - self.started, 1)}
         documents = {
-            "meta": {**self.identity, "step": step, "tokens": tokens, "seed": self.experiment.seed},
+            "meta": {**self.identity, **place, "seed": self.experiment.seed},
             "data": self.rows.get_state(),
             "config": to_dict(self.experiment),
         }
-        self.store.save(step, canonical.to_canonical(self.trainer, state), documents, metric=heldout)
+        self.store.save(step, canonical.to_canonical(self.trainer, state), documents, metric=metric)
 
     def _hyperparameters(self, tokens: int) -> Hyperparameters:
         schedule = self.experiment.schedule
@@ -250,29 +267,37 @@ class _Run:
         self.progress.report(step, tokens, shown)
         return time.monotonic(), tokens
 
-    def _evaluate_if_due(self, state: TrainState, step: int, tokens: int, last: bool) -> float | None:
+    def _evaluate_if_due(self, state: TrainState, step: int, tokens: int, last: bool) -> _Judged:
         every = self.experiment.evaluation.every_steps
         if not last and not (every and step % every == 0):
-            return None
+            return _NOT_JUDGED
         self.guard.check()
         result = self.evaluator(state, complete=last)
         if result is None:
-            return None
+            return _NOT_JUDGED
         values = {"heldout_bits_per_byte": result.bits_per_byte, "heldout_loss": result.loss}
         self.writer.write(step, values, tokens=tokens, kind="eval")
         self.progress.log(
             f"step {step} | held-out {result.bits_per_byte:.4f} bits per byte over {result.bytes:,} bytes"
         )
-        return result.bits_per_byte if last or self.experiment.evaluation.max_bytes is None else None
+        if self.experiment.evaluation.max_bytes is None:
+            return _Judged(result.bits_per_byte, result.bits_per_byte)
+        if not last:
+            return _Judged(result.bits_per_byte, None)
+        partial = self.evaluator(state, complete=False) if every else None
+        return _Judged(partial and partial.bits_per_byte, result.bits_per_byte)
 
-    def _announce(self, tokens: int) -> None:
+    def _announce(self, step: int, tokens: int) -> None:
         device = jax.devices()[0]
         count = sum(leaf.size for leaf in jax.tree.leaves(self.trainer.params_layout.abstract()))
         self.progress.log(
             f"{human_count(count)} parameters on {jax.device_count()} x {device.device_kind}; "
             f"{self.flops_per_token / 1e6:,.1f} MFLOP per token, matmul peak {self.peak_flops / 1e9:,.0f} GFLOP/s; "
-            f"{human_count(self.experiment.schedule.total_tokens - tokens)} tokens to go"
+            f"{human_count(max(self.experiment.schedule.total_tokens - tokens, 0))} tokens to go"
         )
+        if self.resume_step is not None:
+            where = f"resumed from step {step}" if step else "no checkpoint yet, so from the beginning"
+            self.progress.log(f"{where} ({self.store.directory})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,61 +306,64 @@ class _Batch:
     device: Microbatch
     rows: int
     tokens: int
+    is_last: bool
+    """Whether the data has no row left."""
 
 
-class _Signals:
-    """Turns SIGINT and SIGTERM into a flag, so that a run saves before it leaves; a second one stops it at once."""
+class _Judged(NamedTuple):
+    """Held-out bits per byte after a step, where they were measured."""
 
-    def __init__(self):
-        self.received: int | None = None
+    metric: float | None
+    """On the text that every evaluation reads: what checkpoints are compared by."""
+    complete: float | None
+    """On all held-out text."""
 
-    def __enter__(self) -> _Signals:
-        self._previous: dict[int, Any] = {}
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._receive)
-        except ValueError:
-            pass  # not the main thread, as in a notebook's worker: the signals are not ours to take
-        return self
 
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: Any) -> None:
-        del frame
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = number
+_NOT_JUDGED = _Judged(None, None)
 
 
 def use_compile_cache(directory: str | None = None) -> None:
     """Keeps compiled programs on disk, so that a second start compiles nothing; a user's own setting stays."""
-    if jax.config.jax_compilation_cache_dir is None:
+    config: Any = jax.config  # declares its values at run time
+    if config.jax_compilation_cache_dir is None:
         path = epath.Path(directory or "~/.cache/deepseek_jax/xla").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(path))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        config.update("jax_compilation_cache_dir", str(path))
+        config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _require_new(folder: epath.Path, store: CheckpointStore) -> None:
+    """Raises `ConfigError` where another run has left its curve or its checkpoints."""
+    path = folder / JSONL_NAME
+    found = path if path.exists() and path.stat().length else store.directory if store.steps() else None
+    require(found is None, f"{found} holds another run's data; resume that run or use another folder")
 
 
 def _tokenizer(experiment: Experiment, folder: epath.Path, resume: bool) -> Tokenizer:
-    """The run's tokenizer: the one saved with it, the one it names, or one trained now and saved."""
-    path = folder / "tokenizer.json"
-    if resume and path.exists():
-        return Tokenizer.load(path)
-    tokenizer = make_tokenizer(experiment.tokenizer, experiment.data)
-    tokenizer.save(path)
-    return tokenizer
+    """The run's tokenizer: the one it names, the one saved with it, or one trained now."""
+    saved, named = folder / TOKENIZER_NAME, experiment.tokenizer.path
+    # A named one comes first, so that another name is noticed; if its file is gone, the copy is as good.
+    if resume and saved.exists() and (named is None or not epath.Path(named).exists()):
+        return Tokenizer.load(saved)
+    return make_tokenizer(experiment.tokenizer, experiment.data)
 
 
-def _restore(store: CheckpointStore, trainer: Trainer, rows, identity: dict, seed: int) -> tuple[TrainState, int, int]:
-    """The newest checkpoint's state, step and tokens, `rows` set to where it was; without a checkpoint, the beginning."""
+def _save_tokenizer(tokenizer: Tokenizer, folder: epath.Path) -> None:
+    """Aside, then moved: a run that dies here must not lose the one it had."""
+    partial = folder / f"{TOKENIZER_NAME}.{os.getpid()}.partial"
+    tokenizer.save(partial)
+    partial.replace(folder / TOKENIZER_NAME)
+
+
+def _restore(
+    store: CheckpointStore, trainer: Trainer, rows: RowIterator, identity: dict
+) -> tuple[TrainState, int, int, float]:
+    """The newest checkpoint's state, step, tokens and seconds of training; `rows` is set to where it was."""
     step = store.latest_step()
-    if step is None:
-        # Stopped before its first checkpoint: what the seed gave it then, it gives it now.
-        return trainer.initial_state(seed), 0, 0
+    assert step is not None
     documents = store.documents(step)
     meta = documents["meta"]
     check_compatible(meta, json.loads(json.dumps(identity)), source=f"checkpoint {step} in {store.directory}")
     entries = store.restore(step, canonical.templates(trainer))
     rows.set_state(documents["data"])
-    return canonical.from_canonical(trainer, entries, meta["step"]), meta["step"], meta["tokens"]
+    state = canonical.from_canonical(trainer, entries, meta["step"])
+    return state, meta["step"], meta["tokens"], meta.get("seconds", 0.0)

@@ -45,7 +45,7 @@ class OptimizerConfig:
 class AdamState(NamedTuple):
     """Number of updates, and the two moments, each shaped like its parameter."""
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # the name optax gives it; it hides tuple.count
     mu: Tree
     nu: Tree
 
@@ -104,10 +104,10 @@ def map_moments(
     Each part that is shaped like the parameters, such as `0.mu`, becomes `function(path, part)`; every other leaf,
     such as a count, becomes `other("optimizer.<path>", leaf)`.
     """
-    structure = jax.tree.structure(params)
+    structure: Any = jax.tree.structure(params)  # jax's stubs do not say that structures compare
 
     def like_params(node: Any) -> bool:
-        return jax.tree.structure(node) == structure
+        return structure == jax.tree.structure(node)
 
     def visit(path, node: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator=".")

@@ -34,7 +34,8 @@ class NonFiniteGuard:
         for (step, _, _, batch), (loss, norm) in zip(pending, values, strict=True):
             if math.isfinite(loss) and math.isfinite(norm):
                 continue
-            path = self._folder / f"nonfinite_step_{step}.npz"
+            host = f"_host_{jax.process_index()}" if jax.process_count() > 1 else ""
+            path = self._folder / f"nonfinite_step_{step}{host}.npz"
             with path.open("wb") as file:
                 np.savez_compressed(file, **batch._asdict())
             raise NonFiniteLossError(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -24,6 +25,7 @@ from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.mesh import AXES, BATCH_AXES
 from deepseek_jax.parallel.pipeline import LossScales, Schedule, pipeline
 from deepseek_jax.parallel.pipeline.executor import Outputs
+from deepseek_jax.parallel.pipeline.protocol import Recompute
 from deepseek_jax.parallel.placement import KINDS, ParameterLayout, Placement
 from deepseek_jax.parallel.sharding import BATCH_SPEC, mesh_axes_of, sum_over
 from deepseek_jax.training.balance import max_violation, update_bias
@@ -39,16 +41,16 @@ class TrainState:
     router_bias: Tree
     """float32 `[stage, slot, E]` under the same names as the routers; not the optimizer's."""
     opt_state: Any
-    step: jax.Array
-    """int32: optimizer steps taken."""
+    step: Any
+    """int32 scalar: optimizer steps taken."""
 
 
 class Hyperparameters(NamedTuple):
     """The schedules' values for one step, float32 scalars."""
 
-    learning_rate: jax.Array
-    mtp_weight: jax.Array
-    bias_rate: jax.Array
+    learning_rate: jax.Array | np.float32
+    mtp_weight: jax.Array | np.float32
+    bias_rate: jax.Array | np.float32
 
 
 class StepMetrics(NamedTuple):
@@ -72,7 +74,7 @@ class StepConfig:
     """The choices that shape the compiled step."""
 
     microbatch_rows: int | None = None
-    recompute: bool = False
+    recompute: Recompute = "selective"
     compute_dtype: Any = jnp.float32
     mask_documents: bool = False
     balance_weight: float = 1e-4
@@ -235,7 +237,7 @@ class Trainer:
         squares = [sum_over(jnp.sum(jnp.square(g))) for g in flatten(gradients).values()]
         return jnp.sqrt(sum(squares))
 
-    def _update_bias(self, bias: Tree, loads: dict[str, jax.Array], rate: jax.Array) -> Tree:
+    def _update_bias(self, bias: Tree, loads: dict[str, jax.Array], rate: jax.Array | np.float32) -> Tree:
         """Moves every router's bias `[1, slot, E]` by its kind's loads `[slot, E]`."""
 
         def moved(name: str, value: jax.Array) -> jax.Array:
@@ -244,9 +246,9 @@ class Trainer:
         return unflatten({name: moved(name, value) for name, value in flatten(bias).items()})
 
     def _metrics(self, outputs: Outputs, counts: dict[str, jax.Array], grad_norm: jax.Array) -> StepMetrics:
-        load = [outputs.loads[kind] for kind in KINDS if kind in outputs.loads]
+        loads = [outputs.loads[kind] for kind in KINDS if kind in outputs.loads]
         experts = self.model.config.moe.num_experts
-        load = jnp.concatenate(load) if load else jnp.zeros((0, experts), jnp.int32)
+        load = jnp.concatenate(loads) if loads else jnp.zeros((0, experts), jnp.int32)
         depth = max(self.model.config.mtp_depth, 1)
         return StepMetrics(
             loss=outputs.loss,

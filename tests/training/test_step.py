@@ -34,16 +34,16 @@ def padded(batch: Microbatch, count: int) -> Microbatch:
 
 @pytest.fixture(scope="module")
 def stepped():
-    """`stepped(batch, microbatch_rows)`: the state after one step of gradient descent in float64, and its metrics."""
+    """`stepped(batch, **options)`: the state after one step of gradient descent in float64, and its metrics."""
 
     @functools.cache
-    def make(microbatch_rows):
+    def make(**changes):
         options = {"compute_dtype": jnp.float64, "balance_weight": BALANCE, "clip_norm": 1e9}
-        return trainer(CONFIG, microbatch_rows=microbatch_rows, **options)
+        return trainer(CONFIG, **options | changes)
 
-    def run(batch, microbatch_rows=None):
+    def run(batch, **changes):
         with jax.enable_x64(True):
-            runner = make(microbatch_rows)
+            runner = make(**changes)
             before = initial_state(runner, jnp.float64)
             state, metrics = run_step(runner, before, batch, HYPER())
             assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params)), "the state is donated"
@@ -69,17 +69,22 @@ def assert_same(one, other):
         np.testing.assert_allclose(getattr(metrics, name), getattr(expected, name), rtol=1e-9, err_msg=name)
 
 
-@pytest.mark.parametrize("microbatch_rows", [1, 3])
-def test_accumulating_gradients_equals_one_big_batch(stepped, whole, microbatch_rows):
-    assert_same(stepped(BATCH, microbatch_rows), whole)
+def test_accumulating_gradients_equals_one_big_batch(stepped, whole):
+    assert_same(stepped(BATCH, microbatch_rows=1), whole)
+
+
+def test_recomputing_activations_changes_nothing(stepped, whole):
+    assert_same(stepped(BATCH, microbatch_rows=3, recompute=True), whole)
 
 
 def test_a_short_last_microbatch_is_padded_with_empty_rows(stepped, whole):
     # Five rows in microbatches of three: the sixth row is empty.
-    assert_same(stepped(padded(rows(BATCH, slice(5)), 1), 3), stepped(padded(rows(BATCH, slice(5)), 1)))
-    expected = stepped(padded(rows(BATCH, [4, 3, 2, 1, 0]), 1), 3)
-    assert_same(stepped(padded(rows(BATCH, slice(5)), 1), 3), expected)
-    assert expected[1].load.sum(axis=1).tolist() != whole[1].load.sum(axis=1).tolist()
+    five = padded(rows(BATCH, slice(5)), 1)
+    in_threes = stepped(five, microbatch_rows=3, recompute=True)
+    assert_same(in_threes, stepped(five))
+    turned = padded(rows(BATCH, [4, 3, 2, 1, 0]), 1)
+    assert_same(in_threes, stepped(turned, microbatch_rows=3, recompute=True))
+    assert in_threes[1].load.sum() < whole[1].load.sum()
 
 
 def test_empty_rows_change_nothing(stepped, whole):
@@ -90,6 +95,21 @@ def test_empty_rows_change_nothing(stepped, whole):
     for name in ("loss", "loss_main", "loss_mtp", "loss_balance", "grad_norm"):
         np.testing.assert_allclose(getattr(metrics, name), getattr(doubled, name), rtol=1e-9, err_msg=name)
     np.testing.assert_array_equal(2 * metrics.load, doubled.load)
+
+
+def test_masked_documents_learn_as_if_they_stood_alone(stepped):
+    """With `mask_documents` neither attention, positions nor labels cross from one packed document to the next."""
+    together = packed(CONFIG, [[5, 8], []], length=LENGTH)
+    apart = jax.tree.map(np.zeros_like, together)
+    for name in Microbatch._fields:
+        source, target = getattr(together, name), getattr(apart, name)
+        target[0, :5], target[1, :8] = source[0, :5], source[0, 5:]
+    options = {"mask_documents": True, "balance_weight": 0.0}
+    (state, metrics), (expected_state, expected) = (stepped(batch, **options) for batch in (together, apart))
+    for name in ("loss", "loss_main", "loss_mtp", "grad_norm"):
+        np.testing.assert_allclose(getattr(metrics, name), getattr(expected, name), rtol=1e-9, err_msg=name)
+    for name, value in flatten(expected_state.params).items():
+        np.testing.assert_allclose(flatten(state.params)[name], value, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
 def test_the_loss_is_main_plus_lambda_mtp_plus_alpha_balance(whole):
@@ -177,6 +197,20 @@ def test_the_step_does_not_grow_with_depth():
     # Not to the line: helper functions of equal shapes are shared.
     few, many = lines(4), lines(13)
     assert abs(many - few) < 0.01 * few
+
+
+def test_evaluation_sums_the_main_loss(whole):
+    runner = trainer(CONFIG, microbatch_rows=2)
+    total, labels = runner.evaluate(initial_state(runner), BATCH)
+    assert labels == sum(sum(lengths) - 1 for lengths in DOCUMENTS)
+    np.testing.assert_allclose(total / labels, whole[1].loss_main, rtol=1e-5)
+
+
+def test_bfloat16_keeps_float32_masters_and_losses():
+    runner = trainer(CONFIG, compute_dtype=jnp.bfloat16, microbatch_rows=3)
+    state, metrics = runner.lower(abstract_state(runner), BATCH, hyperparameters()).out_info
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.router_bias))} == {jnp.dtype("float32")}
+    assert metrics.loss.dtype == metrics.grad_norm.dtype == jnp.float32
 
 
 def test_rows_that_do_not_split_are_an_error():

@@ -25,9 +25,9 @@ from tools.bench.common import LENGTH, ROWS, machine, make_trainer
 RESULT = Path(__file__).parent / "results" / "memory.md"
 CASES = {
     "one microbatch": {},
-    "one microbatch, recompute": {"recompute": True},
+    "one microbatch, recompute": {"recompute": "full"},
     "8 microbatches of one row": {"microbatch_rows": 1},
-    "8 microbatches, recompute": {"microbatch_rows": 1, "recompute": True},
+    "8 microbatches, recompute": {"microbatch_rows": 1, "recompute": "full"},
 }
 
 _CASE = flags.DEFINE_enum("case", None, list(CASES), "measure one case in this process and print it as JSON")
@@ -74,7 +74,7 @@ def measure(**step_options) -> dict:
         state, metrics = step(state, batch, hyper)
         jax.block_until_ready((state, metrics))
     rows = step_options.get("microbatch_rows", ROWS)
-    memory = step_memory(config, rows * LENGTH, recompute=step_options.get("recompute", False))
+    memory = step_memory(config, rows * LENGTH, recompute=step_options.get("recompute") == "full")
     return {
         "parameters": memory.parameters,
         "gradients": memory.gradients,

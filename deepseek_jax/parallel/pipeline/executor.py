@@ -6,6 +6,7 @@ gradients and loads are this device's sums, and the step reduces them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_jax.parallel.pipeline.protocol import LossScales, StagedModel
+from deepseek_jax.parallel.pipeline.protocol import LossScales, Recompute, StagedModel
 from deepseek_jax.parallel.pipeline.schedule import Schedule
 from deepseek_jax.tree import Tree
 
@@ -39,17 +40,17 @@ class Pipeline(NamedTuple):
     evaluate: Callable[[Tree, Tree, Any, LossScales], Outputs]
 
 
-def pipeline(model: StagedModel, schedule: Schedule, *, recompute: bool = False) -> Pipeline:
+def pipeline(model: StagedModel, schedule: Schedule, *, recompute: Recompute = "none") -> Pipeline:
     """Runs `model` by `schedule`.
 
     Args:
       model: the functions to run.
       schedule: the order of work; with one rank, microbatches follow each other and gradients accumulate.
-      recompute: keep only each layer's input for the backward pass and compute the rest again.
+      recompute: what the backward pass computes again instead of keeping it.
     """
 
     def loss_of(params, state, batch, scales):
-        return _microbatch(model, params, state, batch, scales, recompute)
+        return _microbatch(model, params, state, batch, scales, functools.partial(_recomputing, model, recompute))
 
     gradient_of = jax.value_and_grad(loss_of, has_aux=True)
 
@@ -72,23 +73,33 @@ def pipeline(model: StagedModel, schedule: Schedule, *, recompute: bool = False)
     return Pipeline(value_and_grad, evaluate)
 
 
-def _microbatch(model: StagedModel, params, state, batch, scales: LossScales, recompute: bool):
+def _microbatch(model: StagedModel, params, state, batch, scales: LossScales, recomputing: Callable):
     """The scaled loss of one microbatch and its `Outputs`."""
     ctx = model.context(batch)
     x = model.embed(params, batch)
-    aux_total, loads = 0.0, {}
+    aux_total: Any = 0.0
+    loads: dict[str, jax.Array] = {}
     for kind, layer in model.layers.items():
         stack = _merge(params[kind], state.get(kind))
-        x, aux, stats = scan_layers(jax.checkpoint(layer) if recompute else layer, stack, x, ctx)
+        x, aux, stats = scan_layers(recomputing(layer), stack, x, ctx)
         aux_total += aux
         if stats.shape[-1]:
             loads[kind] = stats
-    finish = jax.checkpoint(model.finish) if recompute else model.finish
     ends = {name: _merge(tree, state.get(name)) for name, tree in params.items() if name not in model.layers}
-    loss, sums, aux, stats = finish(ends, x, batch, ctx, scales)
+    loss, sums, aux, stats = recomputing(model.finish)(ends, x, batch, ctx, scales)
     aux_total += aux
     loss += scales.balance * aux_total
     return loss, Outputs(loss, {**sums, "loss_balance": aux_total}, {**loads, **stats})
+
+
+def _recomputing(model: StagedModel, recompute: Recompute, function: Callable) -> Callable:
+    """`function`, keeping for its backward pass what `recompute` says."""
+    if recompute == "none":
+        return function
+    names = model.saved_activations if recompute == "selective" else ()
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    # Inside a scan nothing can be merged across the barrier that prevent_cse would put there, at some cost.
+    return jax.checkpoint(function, policy=policy, prevent_cse=False)
 
 
 def scan_layers(layer, stack: Tree, x, ctx):

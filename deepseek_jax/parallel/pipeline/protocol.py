@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -22,6 +22,9 @@ class LossScales(NamedTuple):
     """alpha / number of sequences."""
 
 
+Recompute = Literal["none", "selective", "full"]
+"""What the backward pass computes again: nothing, what is cheap, or all but each layer's input."""
+
 LayerFunction = Callable[[Tree, Any, Any], tuple[Any, jax.Array, Any]]
 """`layer(params, x, ctx) -> (x, aux, stats)`: aux is the unscaled balance loss, stats the expert loads."""
 
@@ -38,3 +41,5 @@ class StagedModel:
     """One function per kind of layer, in the order in which the kinds follow each other."""
     finish: Callable[[Tree, Any, Any, Any, LossScales], tuple[jax.Array, dict, jax.Array, dict]]
     """`finish(params, x, microbatch, ctx, scales) -> (loss, sums, aux, stats)`: final norm, MTP, losses."""
+    saved_activations: tuple[str, ...] = ()
+    """Names (`checkpoint_name`) of what the backward pass keeps under selective recomputation."""
