@@ -11,6 +11,7 @@ import difflib
 import errno
 import importlib
 import importlib.util
+import math
 import os
 import signal
 import sys
@@ -40,7 +41,8 @@ Start it again:   python -m experiments.run --config runs/tiny.pretrain/config.j
   --resume              continue from the last checkpoint in the workdir
   --config FILE         take a saved config instead of a recipe
   --profile FIRST:LAST  write an XProf trace of these steps to WORKDIR/profile
-  --virtual_devices N   simulate N devices on the CPU, to try a mesh without having one
+  --virtual_devices N   N devices on the CPU; a recipe for one device splits its batch over them (parallel.data=N).
+                        One per core trains fastest; more simulate a mesh
   --debug               show the traceback of an error
   --list                list the recipes and stop
 """
@@ -122,7 +124,10 @@ def _resolve(options: flags.FlagValues, positional: Sequence[str]) -> tuple[Any,
         raise UsageError("name a recipe, such as tiny.pretrain; --list shows them all")
     from deepseek_jax.config_io import override_all
 
-    return override_all(experiment, options.set), workdir
+    experiment = override_all(experiment, options.set)
+    if options.virtual_devices > 1 and math.prod(experiment.parallel.shape) == 1:
+        experiment = override_all(experiment, [f"parallel.data={options.virtual_devices}"])
+    return experiment, workdir
 
 
 def _load(path: str) -> Any:
@@ -248,6 +253,9 @@ def prepare_environment(environment: MutableMapping[str, str], *, virtual_device
         # The default of 40 s kills a slow machine's run that is only waiting its turn.
         "--xla_cpu_collective_call_terminate_timeout_seconds": 600,
     }
+    if virtual_devices > 1:
+        # The devices share the cores already: threads within one device's operations would only get in their way.
+        wanted["--xla_cpu_multi_thread_eigen"] = "false"
     given += [f"{flag}={value}" for flag, value in wanted.items() if not any(g.startswith(flag) for g in given)]
     environment["XLA_FLAGS"] = " ".join(given)
     environment["JAX_PLATFORMS"] = "cpu"

@@ -114,10 +114,10 @@ def _gather_pairs(weights: jax.Array, handle: LocalHandle) -> jax.Array:
 def _sum_choices(rows: jax.Array, handle: LocalHandle) -> jax.Array:
     """`[M, D]` -> `[T, D]`: the sum of each token's rows."""
     # One gather per choice and a running sum: a gather of [T, K, D] would be written out and read again.
-    return sum(rows[handle.rows[:, choice]] for choice in range(handle.rows.shape[1]))
+    return jnp.asarray(sum(rows[handle.rows[:, choice]] for choice in range(handle.rows.shape[1])))
 
 
-def _transposed_by(gather: Callable, transpose: Callable) -> None:
+def _transposed_by(gather: jax.custom_vjp, transpose: Callable) -> None:
     """Makes `transpose(gradient, handle)` the backward pass of the linear map `gather(x, handle)`."""
     gather.defvjp(lambda x, handle: (gather(x, handle), handle), lambda handle, g: (transpose(g, handle), None))
 

@@ -29,17 +29,21 @@ def test_dispatch_then_combine_returns_every_token_k_times(experts, alignment):
     dispatcher = LocalDispatcher(EXPERTS, alignment)
     tokens, choices = experts.shape
     x = 1 + np.arange(tokens * WIDTH, dtype=np.float32).reshape(tokens, WIDTH)
-    rows, sizes, handle = dispatcher.dispatch(jnp.asarray(x), jnp.asarray(experts))
+    weights = 1 + jnp.arange(experts.size, dtype=jnp.float32).reshape(experts.shape)
+    rows, row_weights, sizes, handle = dispatcher.dispatch(jnp.asarray(x), jnp.asarray(experts), weights)
     assert sizes.tolist() == [int((experts == e).sum()) for e in range(EXPERTS)]
     # Each group holds its tokens, in order, from its aligned start; every other row is zero.
     starts = np.asarray(ops.group_starts(sizes, alignment))
     assert (starts % alignment == 0).all()
-    expected = np.zeros(rows.shape, np.float32)
+    expected, expected_weights = np.zeros(rows.shape, np.float32), np.zeros(rows.shape[0], np.float32)
     for e in range(EXPERTS):
         members = [t for t in range(tokens) if e in experts[t]]
-        expected[starts[e] : starts[e] + len(members)] = x[members]
+        group = slice(starts[e], starts[e] + len(members))
+        expected[group] = x[members]
+        expected_weights[group] = [weights[t, list(experts[t]).index(e)] for t in members]
     np.testing.assert_array_equal(rows, expected)
-    back = dispatcher.combine(rows, jnp.ones(experts.shape), handle)
+    np.testing.assert_array_equal(row_weights, expected_weights)
+    back = dispatcher.combine(rows, handle)
     np.testing.assert_array_equal(back, choices * x)
 
 
@@ -55,11 +59,11 @@ def test_gradients_equal_those_of_a_dense_sum(alignment):
 
         def dispatched(x, weights):
             dispatcher = LocalDispatcher(EXPERTS, alignment)
-            rows, sizes, handle = dispatcher.dispatch(x, experts)
+            rows, row_weights, sizes, handle = dispatcher.dispatch(x, experts, weights)
             ends = ops.group_starts(sizes, alignment)[:, None] + sizes[:, None]
             group = (jnp.arange(rows.shape[0]) >= ends).sum(axis=0)
-            outputs = rows**2 * jnp.append(scale, 0.0)[group][:, None]
-            return (dispatcher.combine(outputs, weights, handle) * cotangent).sum()
+            outputs = rows**2 * (jnp.append(scale, 0.0)[group] * row_weights)[:, None]
+            return (dispatcher.combine(outputs, handle) * cotangent).sum()
 
         def dense(x, weights):
             return ((x[:, None] ** 2 * scale[experts][..., None] * weights[..., None]).sum(axis=1) * cotangent).sum()
@@ -74,6 +78,6 @@ def test_the_buffer_holds_the_worst_routing():
     # One token per expert wastes most: every group is padded from 1 to 8 rows.
     dispatcher = LocalDispatcher(EXPERTS, 8)
     experts = jnp.arange(EXPERTS, dtype=jnp.int32)[None]
-    rows, sizes, _ = dispatcher.dispatch(jnp.ones((1, WIDTH)), experts)
+    rows, _, sizes, _ = dispatcher.dispatch(jnp.ones((1, WIDTH)), experts, jnp.ones(experts.shape))
     assert rows.shape[0] >= int(ops.group_starts(sizes, 8)[-1] + sizes[-1])
     assert int((rows != 0).any(axis=1).sum()) == EXPERTS
