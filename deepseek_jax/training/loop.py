@@ -245,20 +245,20 @@ class _Run:
         now = time.monotonic()
         rate = (tokens - logged[1]) / max(now - logged[0], 1e-9)
         scalars = {
-            "loss": float(values.loss),
-            "loss_main": float(values.loss_main),
-            "loss_mtp": float(values.loss_mtp),
-            "loss_balance": float(values.loss_balance),
-            "grad_norm": float(values.grad_norm),
-            "learning_rate": float(hyper.learning_rate),
-            "mtp_weight": float(hyper.mtp_weight),
-            "bias_rate": float(hyper.bias_rate),
+            "loss": values.loss,
+            "loss_main": values.loss_main,
+            "loss_mtp": values.loss_mtp,
+            "loss_balance": values.loss_balance,
+            "grad_norm": values.grad_norm,
+            "learning_rate": hyper.learning_rate,
+            "mtp_weight": hyper.mtp_weight,
+            "bias_rate": hyper.bias_rate,
             "batch_rows": batch.rows,
             "tokens_per_second": rate,
             "mfu": rate * self.flops_per_token / self.peak_flops,
         }
         share = values.load / np.maximum(values.load.sum(axis=1, keepdims=True), 1)
-        vectors = {"max_vio": values.max_vio.tolist(), "load": np.round(share, 6).tolist()}
+        vectors = {"max_vio": values.max_vio, "load": np.round(share, 6)}
         self.writer.write(step, {**scalars, **vectors}, tokens=tokens)
         shown = {"loss": scalars["loss_main"], "lr": scalars["learning_rate"], "grad": scalars["grad_norm"]}
         if values.max_vio.size:

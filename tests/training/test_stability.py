@@ -1,0 +1,79 @@
+"""The guard against losses that are not finite: it never waits by itself, and then it names the first one."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from deepseek_jax.model.targets import Microbatch
+from deepseek_jax.training.stability import NonFiniteGuard, NonFiniteLossError
+from deepseek_jax.training.step import StepMetrics
+from experiments.run import is_user_error
+
+NAN, INF = float("nan"), float("inf")
+
+
+def metrics(loss=1.0, grad_norm=1.0) -> StepMetrics:
+    """What a step reports, of which the guard looks at two numbers."""
+    nothing = jnp.zeros(())
+    return StepMetrics(jnp.float32(loss), nothing, nothing, nothing, jnp.float32(grad_norm), nothing, nothing)
+
+
+def batch(step: int) -> Microbatch:
+    return Microbatch(*(np.full((2, 5), 10 * step + i, np.int32) for i in range(4)))
+
+
+@pytest.fixture
+def guard(tmp_path):
+    return NonFiniteGuard(epath.Path(tmp_path))
+
+
+def test_finite_steps_pass_and_are_looked_at_once(guard, monkeypatch):
+    waits = []
+    real = jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda tree: waits.append(len(tree)) or real(tree))
+    for step in (1, 2, 3):
+        guard.watch(step, metrics(loss=3e38), batch(step))
+    assert waits == [], "watching must not wait for the device"
+    guard.check()
+    guard.check()
+    assert waits == [3, 0]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"loss": NAN}, "step 2: loss nan, gradient norm 1.0; "),
+        ({"loss": INF}, "step 2: loss inf, gradient norm 1.0; "),
+        ({"loss": -INF}, "step 2: loss -inf, gradient norm 1.0; "),
+        ({"grad_norm": NAN}, "step 2: loss 1.0, gradient norm nan; "),
+        ({"grad_norm": INF}, "step 2: loss 1.0, gradient norm inf; "),
+    ],
+)
+def test_the_first_bad_step_is_named_and_its_batch_saved(guard, tmp_path, bad, message):
+    for step in (1, 2, 3):
+        guard.watch(step, metrics(**(bad if step > 1 else {})), batch(step))
+    with pytest.raises(NonFiniteLossError) as error:
+        guard.check()
+    text = str(error.value)
+    assert text.startswith(message)
+    assert f"its batch is saved in {tmp_path}/nonfinite_step_2.npz" in text
+    assert "\n" not in text
+    assert is_user_error(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["nonfinite_step_2.npz"]
+    saved = np.load(tmp_path / "nonfinite_step_2.npz")
+    for name, array in batch(2)._asdict().items():
+        np.testing.assert_array_equal(saved[name], array)
+        assert saved[name].dtype == np.int32
+
+
+def test_each_host_saves_its_own_rows(guard, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.setattr(jax, "process_index", lambda: 3)
+    guard.watch(7, metrics(loss=NAN), batch(7))
+    with pytest.raises(NonFiniteLossError, match=r"nonfinite_step_7_host_3\.npz"):
+        guard.check()
+    assert (tmp_path / "nonfinite_step_7_host_3.npz").exists()
