@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax import ops
-from deepseek_jax.model.transformer import Transformer, scan_layers
+from deepseek_jax.model.transformer import Transformer, apply_layers
 
 
 def loss(model: Transformer, tokens: jax.Array) -> jax.Array:
@@ -20,6 +20,6 @@ def loss(model: Transformer, tokens: jax.Array) -> jax.Array:
     ctx = model.context(positions, dtype=x.dtype)
     for layers in (model.dense, model.moe):
         if layers is not None:
-            x = scan_layers(layers, x, ctx)
+            x = apply_layers(layers, x, ctx)
     hidden = model.final_norm(x).reshape(-1, x.shape[-1])
     return ops.cross_entropy(hidden, model.head_weight().astype(x.dtype), labels.reshape(-1)).mean()

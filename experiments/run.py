@@ -248,7 +248,7 @@ def prepare_environment(environment: MutableMapping[str, str], *, virtual_device
     if not virtual_devices:
         return
     given = environment.get("XLA_FLAGS", "").split()
-    wanted = {
+    wanted: dict[str, int | str] = {
         "--xla_force_host_platform_device_count": virtual_devices,
         # The default of 40 s kills a slow machine's run that is only waiting its turn.
         "--xla_cpu_collective_call_terminate_timeout_seconds": 600,

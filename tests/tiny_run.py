@@ -18,14 +18,16 @@ from small_model import QUICK
 
 from deepseek_jax.config import AttentionConfig, ModelConfig, MoEConfig
 from deepseek_jax.data import DataConfig, TextFiles, TokenizerConfig
+from deepseek_jax.evaluation.heldout import HeldoutResult
 from deepseek_jax.parallel.mesh import ParallelConfig
 from deepseek_jax.precision.policy import FLOAT32
 from deepseek_jax.training import loop
 from deepseek_jax.training.checkpoint import CheckpointStore
 from deepseek_jax.training.experiment import CheckpointConfig, EvaluationConfig, Experiment, LoggingConfig
+from deepseek_jax.training.finish import HeldoutEvaluator
 from deepseek_jax.training.optimizer import OptimizerConfig
 from deepseek_jax.training.schedules import Curve, Phase, ScheduleConfig, constant, stepped
-from deepseek_jax.training.step import Trainer
+from deepseek_jax.training.step import Trainer, TrainState
 
 LENGTH = 32
 VOCABULARY = 300
@@ -147,6 +149,13 @@ def after_step(step: int, action: Callable[[Any], Any]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "step", stepped)
         yield
+
+
+def judge(evaluator: HeldoutEvaluator, state: TrainState, *, complete: bool = True) -> HeldoutResult:
+    """What the evaluator finds on text that is there."""
+    result = evaluator(state, complete=complete)
+    assert result is not None
+    return result
 
 
 def records(workdir: Path, kind: str) -> list[dict]:

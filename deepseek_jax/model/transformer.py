@@ -72,7 +72,7 @@ class Transformer(nnx.Module):
         ctx = self.context(positions, segment_ids=segment_ids, dtype=x.dtype)
         for layers in (self.dense, self.moe):
             if layers is not None:
-                x = scan_layers(layers, x, ctx)
+                x = apply_layers(layers, x, ctx)
         return self.logits(self.final_norm(x))
 
 
@@ -82,7 +82,7 @@ def layer_of(layers: nnx.Module, index: int) -> Any:
     return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], state))
 
 
-def scan_layers(layers: nnx.Module, x: jax.Array, ctx: LayerContext) -> jax.Array:
+def apply_layers(layers: nnx.Module, x: jax.Array, ctx: LayerContext) -> jax.Array:
     """Applies a stack of layers in turn, outputs only."""
     graphdef, state = nnx.split(layers)
 

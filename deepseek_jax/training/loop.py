@@ -157,7 +157,7 @@ class _Run:
             config=to_dict(experiment),
         )
         self.guard = NonFiniteGuard(folder)
-        self.peak_flops = measure_matmul_peak(experiment.precision.compute) * jax.device_count()
+        self.peak_flops = measure_matmul_peak(experiment.precision.compute) * jax.process_count()
         self.flops_per_token = training_flops_per_token(experiment.model, experiment.data.sequence_length)
         self.progress: Progress
 
@@ -263,7 +263,7 @@ class _Run:
         shown = {"loss": scalars["loss_main"], "lr": scalars["learning_rate"], "grad": scalars["grad_norm"]}
         if values.max_vio.size:
             shown["MaxVio"] = float(values.max_vio.mean())
-        shown["MFU %"] = 100 * scalars["mfu"]
+        shown["MFU"] = scalars["mfu"]
         self.progress.report(step, tokens, shown)
         return time.monotonic(), tokens
 

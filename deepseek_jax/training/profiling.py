@@ -73,30 +73,33 @@ class StepTrace:
 
 
 def measure_matmul_peak(dtype: jnp.dtype | str = jnp.float32, *, repeats: int = 5) -> float:
-    """FLOP/s of a square matmul of `dtype` on one device of this process: the median of `repeats`.
+    """FLOP/s of square matmuls of `dtype` on all devices of this process at once: the median of `repeats`.
 
     The size grows until one matmul takes long enough to time, so a laptop's core and a GPU each take well under a
-    second. It is what this device does here and now, with its precision setting and its neighbours' load.
+    second. It is what these devices do here and now, with their precision setting and their neighbours' load; virtual
+    devices share the host's cores, which is why they are measured together.
     """
+    devices = jax.local_devices()
 
     @jax.jit
     def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
         return a @ b
 
-    def seconds(a: jax.Array) -> float:
+    def seconds(arrays: list[jax.Array]) -> float:
         start = time.perf_counter()
-        matmul(a, a).block_until_ready()
+        jax.block_until_ready([matmul(a, a) for a in arrays])
         return time.perf_counter() - start
 
     size = 512
     while True:
-        # Uneven values, on the host's first device: zeros would let a GPU save power and run faster than it can.
+        # Uneven values: zeros would let a GPU save power and run faster than it can.
         a = (jnp.arange(size * size, dtype=jnp.float32).reshape(size, size) % 251 / 251).astype(dtype)
-        seconds(a)  # compiles
-        if seconds(a) >= _LONG_ENOUGH_SECONDS or size >= _LARGEST_MATMUL:
+        arrays = [jax.device_put(a, device) for device in devices]
+        seconds(arrays)  # compiles
+        if seconds(arrays) >= _LONG_ENOUGH_SECONDS or size >= _LARGEST_MATMUL:
             break
         size *= 2
-    return 2 * size**3 / statistics.median(seconds(a) for _ in range(repeats))
+    return 2 * size**3 * len(devices) / statistics.median(seconds(arrays) for _ in range(repeats))
 
 
 def _wait_for_devices() -> None:

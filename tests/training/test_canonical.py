@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,8 @@ def entries(runner, state):
 
 
 def assert_same_state(one: TrainState, other: TrainState):
-    assert jax.tree.structure(one) == jax.tree.structure(other)
+    structure: Any = jax.tree.structure(one)  # jax's stubs do not say that structures compare
+    assert structure == jax.tree.structure(other)
     for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True):
         name = jax.tree_util.keystr(path)
         assert (got.dtype, got.shape, got.sharding) == (want.dtype, want.shape, want.sharding), name

@@ -10,6 +10,7 @@ import lzma
 import os
 import signal
 import types
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from tiny_run import (
     after_step,
     checkpoint,
     experiment,
+    judge,
     quick_runs,
     records,
     train,
@@ -159,7 +161,8 @@ def evaluator(runs, tmp_path):
         evaluation = dataclasses.replace(runs.base.evaluation, max_bytes=max_bytes)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(finish, "heldout_documents", lambda config: documents)
-            return HeldoutEvaluator(dataclasses.replace(runs.base, evaluation=evaluation), None, None)
+            nothing: Any = None
+            return HeldoutEvaluator(dataclasses.replace(runs.base, evaluation=evaluation), nothing, nothing)
 
     return make
 
@@ -186,7 +189,7 @@ def test_rows_are_padded_to_the_mesh_and_change_nothing(runs, ended):
     for rows in (3, 4, 6):
         evaluation = dataclasses.replace(runs.base.evaluation, batch_rows=rows)
         measure = HeldoutEvaluator(dataclasses.replace(runs.base, evaluation=evaluation), trainer, tokenizer)
-        results.append(measure(state, complete=True))
+        results.append(judge(measure, state))
     assert results[0] == results[1], "both are batches of four rows"
     np.testing.assert_allclose(results[2].bits_per_byte, results[1].bits_per_byte, rtol=1e-6)
     assert results[2][2:] == results[1][2:]

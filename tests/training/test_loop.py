@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import types
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from tiny_run import (
     checkpoint,
     checkpoints,
     experiment,
+    judge,
     quick_runs,
     records,
     train,
@@ -315,7 +317,7 @@ def test_evaluation_on_the_way_equals_the_one_on_the_restored_state(runs, whole)
     lines = {line["step"]: line for line in records(whole.folder, "eval")}
     for step in (10, 20):
         state = canonical.from_canonical(trainer, store.restore(step, canonical.templates(trainer)), step)
-        result = evaluator(state, complete=True)
+        result = judge(evaluator, state)
         assert result.bits_per_byte == lines[step]["heldout_bits_per_byte"] == store.metric(step)
         assert result.loss == lines[step]["heldout_loss"]
     assert whole.result.heldout_bits_per_byte == lines[20]["heldout_bits_per_byte"]
@@ -334,9 +336,9 @@ def test_checkpoints_are_compared_by_the_text_that_every_evaluation_reads(runs, 
     parts = {}
     for step in (10, 20):
         state = canonical.from_canonical(trainer, store.restore(step, canonical.templates(trainer)), step)
-        parts[step] = evaluator(state, complete=False).bits_per_byte
+        parts[step] = judge(evaluator, state, complete=False).bits_per_byte
         assert store.metric(step) == parts[step]
-    everything = evaluator(state, complete=True)
+    everything = judge(evaluator, state)
     assert result.heldout_bits_per_byte == everything.bits_per_byte != parts[20]
     read = [line["heldout_bits_per_byte"] for line in records(tmp_path, "eval")]
     assert read == [parts[10], everything.bits_per_byte]
@@ -344,13 +346,13 @@ def test_checkpoints_are_compared_by_the_text_that_every_evaluation_reads(runs, 
 
 
 class Watched:
-    """A value of a step that notes when somebody waits for it."""
+    """A value of a step; when somebody waits for it, it notes how many steps were started by then."""
 
-    def __init__(self, array, step, seen):
-        self.array, self.step, self.seen = array, step, seen
+    def __init__(self, array, started, read_at):
+        self.array, self.started, self.read_at = array, started, read_at
 
     def __array__(self, dtype=None, copy=None):
-        self.seen.append(self.step)
+        self.read_at.append(self.started[0])
         return np.asarray(self.array, dtype)
 
     def __float__(self):
@@ -359,22 +361,19 @@ class Watched:
 
 @pytest.mark.parametrize(("every", "waits"), [(4, [1, 4, 8, 10, 12]), (1000, [1, 10, 12])])
 def test_a_run_waits_for_the_device_only_where_it_logs_saves_or_stops(runs, tmp_path, monkeypatch, every, waits):
-    """Step 10 is saved, step 12 interrupted; `watched` knows the newest step started when a value is read."""
-    started, read_at = [0], []
+    """Step 10 is saved, step 12 interrupted."""
+    started: list[int] = [0]
+    read_at: list[int] = []
+    gets: list[int] = []
     real, real_get = Trainer.step, jax.device_get
-
-    class Now:
-        def append(self, step):
-            read_at.append(started[0])
 
     def watched(self, state, batch, hyper):
         state, metrics = real(self, state, batch, hyper)
         started[0] += 1
         if started[0] == 12:
             kill(signal.SIGTERM)(None)
-        return state, StepMetrics(*(Watched(array, started[0], Now()) for array in metrics))
-
-    gets = []
+        watched_metrics: list[Any] = [Watched(array, started, read_at) for array in metrics]
+        return state, StepMetrics(*watched_metrics)
 
     def device_get(tree):
         gets.append(started[0])

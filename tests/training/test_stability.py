@@ -34,7 +34,12 @@ def guard(tmp_path):
 def test_finite_steps_pass_and_are_looked_at_once(guard, monkeypatch):
     waits = []
     real = jax.device_get
-    monkeypatch.setattr(jax, "device_get", lambda tree: waits.append(len(tree)) or real(tree))
+
+    def device_get(tree):
+        waits.append(len(tree))
+        return real(tree)
+
+    monkeypatch.setattr(jax, "device_get", device_get)
     for step in (1, 2, 3):
         guard.watch(step, metrics(loss=3e38), batch(step))
     assert waits == [], "watching must not wait for the device"

@@ -14,7 +14,7 @@ ROWS, LENGTH = 8, 512
 
 
 def make_trainer(config: ModelConfig, **step_options):
-    """A trainer on one device, a batch of random tokens, and the scalars of a step; jax starts here."""
+    """A trainer on all devices, a batch of random tokens, and the scalars of a step; jax starts here."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -26,7 +26,7 @@ def make_trainer(config: ModelConfig, **step_options):
     from deepseek_jax.training.optimizer import OptimizerConfig, adamw
     from deepseek_jax.training.step import Hyperparameters, StepConfig, Trainer
 
-    mesh = make_mesh(ParallelConfig(), jax.devices()[:1])
+    mesh = make_mesh(ParallelConfig(data=jax.device_count()))
     optimizer = functools.partial(adamw, OptimizerConfig())
     trainer = Trainer(Transformer(config), place(config), mesh, optimizer, StepConfig(**step_options))
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, LENGTH + 1)).astype(np.int32)

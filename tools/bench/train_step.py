@@ -22,6 +22,7 @@ from absl import app, flags
 
 from deepseek_jax import zoo
 from deepseek_jax.config import ModelConfig
+from experiments.run import prepare_environment
 from tools.bench.common import LENGTH, ROWS, hugging_face_config, machine, make_trainer
 
 RESULT = Path(__file__).parent / "results" / "train_step.md"
@@ -58,7 +59,7 @@ def run_alone(side: str) -> dict:
     threads = str(_THREADS.value)
     command = [sys.executable, "-m", "tools.bench.train_step", f"--side={side}"]
     command += [f"--threads={threads}", f"--steps={_STEPS.value}"]
-    settings = {"NPROC": threads, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "JAX_PLATFORMS": "cpu"}
+    settings = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, env=os.environ | settings, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -89,8 +90,9 @@ def timed(step, steps: int) -> dict:
 
 
 def measure_deepseek_jax(config: ModelConfig, steps: int, threads: int) -> dict:
-    """The jitted train step of this library."""
+    """The jitted train step of this library, data-parallel over one virtual device per core, as the quickstart runs."""
     bind(threads)
+    prepare_environment(os.environ, virtual_devices=threads)
     import jax
 
     trainer, batch, hyper = make_trainer(config)
