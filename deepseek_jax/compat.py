@@ -7,12 +7,11 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.sharding import AxisType, Mesh
 
 
-def make_mesh(shape: Sequence[int], names: Sequence[str], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh whose axes are all Auto, which is not the default; after 0.11.0 the first argument has another name."""
-    return jax.make_mesh(tuple(shape), tuple(names), axis_types=(AxisType.Auto,) * len(names), devices=devices)
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """The mesh axes along which x differs from device to device, inside `shard_map`."""
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
 def to_varying(x: Any, axes: str | Sequence[str]) -> Any:
@@ -23,8 +22,7 @@ def to_varying(x: Any, axes: str | Sequence[str]) -> Any:
     names = (axes,) if isinstance(axes, str) else tuple(axes)
 
     def cast(leaf: jax.Array) -> jax.Array:
-        varying = jax.typeof(leaf).manual_axis_type.varying
-        missing = tuple(name for name in names if name not in varying)
+        missing = tuple(name for name in names if name not in varying_axes(leaf))
         return lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.tree.map(cast, x)

@@ -6,6 +6,7 @@ import jax
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from deepseek_jax.compat import varying_axes
 from deepseek_jax.parallel.mesh import AXES, BATCH_AXES
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -51,5 +52,5 @@ def mesh_axes_of(spec: P) -> set[str]:
 
 def sum_over(x: jax.Array, axes: tuple[str, ...] = AXES) -> jax.Array:
     """Sum over mesh axes, inside `shard_map`; an axis along which x does not vary holds one copy and adds nothing."""
-    varying = tuple(axis for axis in axes if axis in jax.typeof(x).manual_axis_type.varying)
+    varying = tuple(axis for axis in axes if axis in varying_axes(x))
     return lax.psum(x, varying) if varying else x
