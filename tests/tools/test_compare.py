@@ -52,9 +52,9 @@ def test_the_picture_has_a_named_line_for_each_run(runs):
     for line, sign in zip(axes.get_lines(), (-1, 1), strict=True):
         np.testing.assert_allclose(line.get_xdata(), np.arange(1, 9) / 2, err_msg="million tokens")
         np.testing.assert_allclose(line.get_ydata(), 3 + sign * np.arange(1, 9) / 8)
-    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title()) == ("million tokens", "max_vio", "max_vio")
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title("left")) == ("million tokens", "max_vio", "max_vio")
     assert axes.get_ylim()[0] == 0
-    assert compare.draw(runs, "loss", "Losses").axes[0].get_title() == "Losses"
+    assert compare.draw(runs, "loss", "Losses").axes[0].get_title("left") == "Losses"
 
 
 @pytest.mark.parametrize(("name", "magic"), [("vio.png", b"\x89PNG"), ("vio.svg", b"<?xml")])
