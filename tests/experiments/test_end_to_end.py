@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -27,10 +28,9 @@ from tiny_run import (
 )
 
 from deepseek_jax.config_io import diff, from_dict, leaves, load_config, save_config, to_dict
-from deepseek_jax.data import Tokenizer, load_corpus, train_tokenizer
+from deepseek_jax.data import Tokenizer, train_documents, train_tokenizer
 from deepseek_jax.training import loop
 from deepseek_jax.training.experiment import CheckpointConfig, Experiment
-from deepseek_jax.training.metrics import MetricsWriter
 from deepseek_jax.training.schedules import constant
 from experiments import run, small, tiny
 
@@ -126,7 +126,7 @@ def test_print_config_shows_the_resolved_config_and_runs_nothing(first, home, ca
     assert run.main(argv) == 0
     shown = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["*", "peak_lr", "0.5", "default", "2.2e-4"] in shown
-    assert ["*", "hidden_size", "32", "default", "7168"] in shown
+    assert ["*", "hidden_size", "32", "default", "7_168"] in shown
     names = {line[1] if line[0] == "*" else line[0] for line in shown}
     assert {path.rpartition(".")[2] for path in leaves(home.base)} <= names
     assert sorted(path.name for path in home.folder.iterdir()) == before
@@ -137,9 +137,8 @@ def test_the_trace_shows_the_steps_and_names_the_model(first):
     from jax.profiler import ProfileData
 
     (file,) = (first / "profile").rglob("*.xplane.pb")
-    events = [
-        event for plane in ProfileData.from_file(str(file)).planes for line in plane.lines for event in line.events
-    ]
+    lines = [line for plane in ProfileData.from_file(str(file)).planes for line in plane.lines]
+    events = [event for line in lines for event in line.events]
     steps = [dict(event.stats)["step_num"] for event in events if event.name == "train"]
     assert steps == [2, 3]
     stats = [dict(event.stats) for event in events if "hlo_op" in dict(event.stats)]
@@ -220,7 +219,7 @@ def test_a_loss_that_is_not_finite(home, tmp_path, capsys):
         capsys, "--config", home.config, "--workdir", folder, "--set", "optimizer.peak_lr=1e30", "--set",
         "logging.every_steps=1000",
     )  # fmt: skip
-    step = int(re.match(r"step (\d+): loss nan, gradient norm nan; its batch is saved in ", line)[1])
+    (step,) = map(int, re.findall(r"^step (\d+): loss nan, gradient norm \S+; its batch is saved in ", line))
     assert (folder / f"nonfinite_step_{step}.npz").exists()
     assert all(saved < step for saved in checkpoints(folder))
 
@@ -267,7 +266,7 @@ def test_a_mesh_that_does_not_match_the_devices(home, tmp_path, capsys):
 
 
 def test_a_vocabulary_larger_than_the_models(home, tmp_path, capsys):
-    texts = [document.text for source in load_corpus(home.base.data) for document in source.documents]
+    texts = (document.text for document in train_documents(home.base.data))
     train_tokenizer(texts, vocab_size=320).save(tmp_path / "large.json")
     argv = ["--config", home.config, "--workdir", tmp_path / "new"]
     line = refused(capsys, *argv, "--set", f"tokenizer.path={tmp_path}/large.json")
@@ -277,18 +276,24 @@ def test_a_vocabulary_larger_than_the_models(home, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
-def no_space(*arguments, **settings):
-    raise OSError(28, "No space left on device")
+SAVING = "orbax.checkpoint.PyTreeCheckpointHandler.finalize"
+
+
+@contextlib.contextmanager
+def full_disk_after(step, function):
+    """From `step` on, the function that `function` names finds no room."""
+
+    def no_space(*arguments, **settings):
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch, after_step(step, lambda state: patch.setattr(function, no_space)):
+        yield
 
 
 def test_a_disk_that_is_full_when_a_checkpoint_is_saved(home, first, tmp_path, capsys):
     """The store's own tests fill a real one; here the run that meets it ends, and goes on from the one before."""
-    folder, patch = tmp_path / "run", pytest.MonkeyPatch()
-
-    def fill(state):
-        patch.setattr("orbax.checkpoint.PyTreeCheckpointHandler.finalize", no_space)
-
-    with patch, after_step(3, fill):
+    folder = tmp_path / "run"
+    with full_disk_after(3, SAVING):
         line = refused(capsys, "--config", home.config, "--workdir", folder)
     assert line == (
         f"saving step 4 to {folder}/checkpoints failed: [Errno 28] No space left on device; "
@@ -301,20 +306,14 @@ def test_a_disk_that_is_full_when_a_checkpoint_is_saved(home, first, tmp_path, c
 
 
 def test_a_disk_that_is_full_when_the_last_checkpoint_is_saved(home, tmp_path, capsys):
-    patch = pytest.MonkeyPatch()
-
-    def fill(state):
-        patch.setattr("orbax.checkpoint.PyTreeCheckpointHandler.finalize", no_space)
-
-    with patch, after_step(STEPS, fill):
+    with full_disk_after(STEPS, SAVING):
         line = refused(capsys, "--config", home.config, "--workdir", tmp_path / "run")
     assert "saving step 6 " in line
     assert checkpoints(tmp_path / "run") == [2, 4]
 
 
 def test_a_disk_that_is_full_when_a_step_is_logged(home, tmp_path, capsys):
-    patch = pytest.MonkeyPatch()
-    with patch, after_step(3, lambda state: patch.setattr(MetricsWriter, "write", no_space)):
+    with full_disk_after(3, "deepseek_jax.training.metrics.MetricsWriter.write"):
         line = refused(capsys, "--config", home.config, "--workdir", tmp_path / "run")
     assert line == "[Errno 28] No space left on device"
     assert checkpoints(tmp_path / "run") == [2]
@@ -342,9 +341,8 @@ def test_a_recipe_is_complete_and_survives_saving(name, tmp_path, capsys):
     assert load_config(Experiment, tmp_path / "config.json") == recipe
     assert from_dict(Experiment, json.loads(json.dumps(to_dict(recipe)))) == recipe
     assert run.main([name, "--print_config"]) == 0
-    assert f"vocab_size {recipe.model.vocab_size}".split() in [
-        line.lstrip("* ").split()[:2] for line in capsys.readouterr().out.splitlines()
-    ]
+    shown = [line.lstrip("* ").split()[:2] for line in capsys.readouterr().out.splitlines()]
+    assert ["hidden_size", str(recipe.model.hidden_size)] in shown
     assert recipe.tokenizer.vocab_size == recipe.model.vocab_size
     assert [type(source).__name__ for source in recipe.data.sources] == ["StandardLibrary"], "no download"
 

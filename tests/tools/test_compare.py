@@ -50,8 +50,9 @@ def test_the_picture_has_a_named_line_for_each_run(runs):
     axes = compare.draw(runs, "max_vio", None).axes[0]
     assert [line.get_label() for line in axes.get_lines()] == ["with", "without"]
     for line, sign in zip(axes.get_lines(), (-1, 1), strict=True):
-        np.testing.assert_allclose(line.get_xdata(), np.arange(1, 9) / 2, err_msg="million tokens")
-        np.testing.assert_allclose(line.get_ydata(), 3 + sign * np.arange(1, 9) / 8)
+        x, y = np.asarray(line.get_data(), np.float64)
+        np.testing.assert_allclose(x, np.arange(1, 9) / 2, err_msg="million tokens")
+        np.testing.assert_allclose(y, 3 + sign * np.arange(1, 9) / 8)
     assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title("left")) == ("million tokens", "max_vio", "max_vio")
     assert axes.get_ylim()[0] == 0
     assert compare.draw(runs, "loss", "Losses").axes[0].get_title("left") == "Losses"
