@@ -101,6 +101,10 @@ class ParameterLayout:
     placement: Placement
     mesh: Mesh
 
+    def __post_init__(self):
+        stages, ranks = self.placement.num_stages, self.mesh.shape["pipe"]
+        require(stages == ranks, f"a placement of {stages} stages needs a mesh with pipe={stages}, not pipe={ranks}")
+
     def partition(self) -> Tree:
         """A `PartitionSpec` per run-time array."""
         return self._map(lambda kind, spec: partition_spec((("stage", "slot") if kind else ()) + spec.axes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.planning.parameters import total_parameters
@@ -30,7 +31,7 @@ def step_memory(
     *,
     moment_bytes: int = 4,
     compute_bytes: int = 4,
-    recompute: bool = False,
+    recompute: Literal["none", "selective", "full"] = "selective",
 ) -> StepMemory:
     """Bytes of a step on a microbatch of `tokens`.
 
@@ -39,14 +40,16 @@ def step_memory(
       tokens: tokens of one microbatch.
       moment_bytes: of each of the two moments, per parameter.
       compute_bytes: per activation.
-      recompute: only each layer's input is saved, and one layer at a time computes the rest again.
+      recompute: what the backward pass computes again instead of keeping it; see `ParallelConfig.recompute`.
     """
     parameters = total_parameters(config)
-    dense, moe = layer_activations(config, dense=True), layer_activations(config, dense=False)
+    selective = recompute == "selective"
+    dense, moe = (layer_activations(config, dense=kind, selective=selective) for kind in (True, False))
     layers = config.num_dense_layers * dense + config.num_moe_layers * moe
     # An MTP module saves its two inputs, their norms joined, and the input and output of its final norm.
     mtp = config.mtp_depth * (moe + 6 * config.hidden_size)
-    if recompute:
+    if recompute == "full":
+        # Each layer's input is kept, and one layer at a time computes the rest again.
         kept = config.num_layers * config.hidden_size
         layers, mtp = kept + max(dense if config.num_dense_layers else 0, moe if config.num_moe_layers else 0, mtp), 0
     ends = 2 * config.hidden_size
@@ -58,10 +61,22 @@ def step_memory(
     )
 
 
-def layer_activations(config: ModelConfig, *, dense: bool) -> int:
-    """Numbers per token that one layer saves: the inputs of its matrices, norms, attention and activation functions."""
+def layer_activations(config: ModelConfig, *, dense: bool, selective: bool = False) -> int:
+    """Numbers per token that one layer saves: the inputs of its matrices, norms, attention and activation functions.
+
+    With `selective` recomputation, what `model.block.SAVED_ACTIVATIONS` names: latents, attention's output and
+    log-sums, the residual stream, router logits, and the gate and up projections.
+    """
     attention, moe, width = config.attention, config.moe, config.hidden_size
     heads = attention.num_heads
+    if selective:
+        query = attention.q_lora_rank or heads * attention.qk_head_dim
+        kept = 2 * width + query + attention.kv_lora_rank + attention.qk_rope_head_dim
+        kept += heads * (attention.v_head_dim + 1)
+        if dense:
+            return kept + 2 * config.dense_ffn_size
+        experts = moe.num_shared_experts + moe.experts_per_token
+        return kept + moe.num_experts + 2 * experts * moe.expert_ffn_size
     latents = 2 * attention.kv_lora_rank + 2 * (attention.q_lora_rank or 0)
     queries_and_keys = 2 * heads * attention.qk_head_dim
     values_and_outputs = 2 * heads * attention.v_head_dim

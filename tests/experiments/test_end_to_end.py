@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -14,6 +14,7 @@ import sys
 import time
 import types
 
+import orbax.checkpoint as ocp
 import pytest
 from tiny_run import (
     LENGTH,
@@ -31,6 +32,7 @@ from deepseek_jax.config_io import diff, from_dict, leaves, load_config, save_co
 from deepseek_jax.data import Tokenizer, train_documents, train_tokenizer
 from deepseek_jax.training import loop
 from deepseek_jax.training.experiment import CheckpointConfig, Experiment
+from deepseek_jax.training.metrics import MetricsWriter
 from deepseek_jax.training.schedules import constant
 from experiments import run, small, tiny
 
@@ -276,44 +278,51 @@ def test_a_vocabulary_larger_than_the_models(home, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
-SAVING = "orbax.checkpoint.PyTreeCheckpointHandler.finalize"
+@pytest.fixture
+def full_disk(monkeypatch):
+    """`full_disk(step)`: the checkpoint of that step finds no room; it is written while the steps go on."""
+
+    def fill(step):
+        real = ocp.PyTreeCheckpointHandler.finalize
+
+        def finalize(self, directory):
+            if f"/{step}.orbax-checkpoint-tmp" in str(directory):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(self, directory)
+
+        monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "finalize", finalize)
+
+    return fill
 
 
-@contextlib.contextmanager
-def full_disk_after(step, function):
-    """From `step` on, the function that `function` names finds no room."""
-
-    def no_space(*arguments, **settings):
-        raise OSError(28, "No space left on device")
-
-    with pytest.MonkeyPatch.context() as patch, after_step(step, lambda state: patch.setattr(function, no_space)):
-        yield
-
-
-def test_a_disk_that_is_full_when_a_checkpoint_is_saved(home, first, tmp_path, capsys):
+def test_a_disk_that_is_full_when_a_checkpoint_is_saved(home, first, tmp_path, capsys, full_disk, monkeypatch):
     """The store's own tests fill a real one; here the run that meets it ends, and goes on from the one before."""
     folder = tmp_path / "run"
-    with full_disk_after(3, SAVING):
-        line = refused(capsys, "--config", home.config, "--workdir", folder)
+    full_disk(4)
+    line = refused(capsys, "--config", home.config, "--workdir", folder)
     assert line == (
         f"saving step 4 to {folder}/checkpoints failed: [Errno 28] No space left on device; "
         "the checkpoint of step 2 is intact"
     )
     assert checkpoints(folder) == [2]
+    monkeypatch.undo()
     assert run.main(["--resume", "--workdir", str(folder)]) == 0
     assert checkpoints(folder) == [2, 4, 6]
     assert records(folder, "train") == records(first, "train")
 
 
-def test_a_disk_that_is_full_when_the_last_checkpoint_is_saved(home, tmp_path, capsys):
-    with full_disk_after(STEPS, SAVING):
-        line = refused(capsys, "--config", home.config, "--workdir", tmp_path / "run")
+def test_a_disk_that_is_full_when_the_last_checkpoint_is_saved(home, tmp_path, capsys, full_disk):
+    full_disk(STEPS)
+    line = refused(capsys, "--config", home.config, "--workdir", tmp_path / "run")
     assert "saving step 6 " in line
     assert checkpoints(tmp_path / "run") == [2, 4]
 
 
-def test_a_disk_that_is_full_when_a_step_is_logged(home, tmp_path, capsys):
-    with full_disk_after(3, "deepseek_jax.training.metrics.MetricsWriter.write"):
+def test_a_disk_that_is_full_when_a_step_is_logged(home, tmp_path, capsys, monkeypatch):
+    def no_space(*arguments, **settings):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with after_step(3, lambda state: monkeypatch.setattr(MetricsWriter, "write", no_space)):
         line = refused(capsys, "--config", home.config, "--workdir", tmp_path / "run")
     assert line == "[Errno 28] No space left on device"
     assert checkpoints(tmp_path / "run") == [2]

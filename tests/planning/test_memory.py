@@ -22,13 +22,22 @@ def test_activations_of_a_layer_by_hand():
     moe = attention + 2 * 24 + 8 + 3 * 16 + 2 * (2 * 24 + 3 * 16)
     assert layer_activations(config, dense=False) == moe
     per_token = layer_activations(config, dense=True) + moe + 2 * 24
-    assert step_memory(config, 10).activations == 10 * per_token * 4
-    assert step_memory(config, 10, compute_bytes=2).activations == 10 * per_token * 2
+    assert step_memory(config, 10, recompute="none").activations == 10 * per_token * 4
+    assert step_memory(config, 10, recompute="none", compute_bytes=2).activations == 10 * per_token * 2
+
+
+def test_selective_recomputation_keeps_what_the_block_names():
+    config = zoo.bench()  # D 256, H 8, q 96, latent 64 + 16, v 32, dense F 768, 32 experts of F 128, 4 + 1 a token
+    kept = 2 * 256 + 96 + 64 + 16 + 8 * 33
+    assert layer_activations(config, dense=True, selective=True) == kept + 2 * 768
+    assert layer_activations(config, dense=False, selective=True) == kept + 32 + 5 * 2 * 128
+    selective, whole = (step_memory(config, 4096, recompute=mode).activations for mode in ("selective", "none"))
+    assert selective < whole / 2
 
 
 def test_recomputation_keeps_one_layer_and_the_inputs():
     config = zoo.bench()
-    kept, whole = (step_memory(config, 4096, recompute=switch).activations for switch in (True, False))
+    kept, whole = (step_memory(config, 4096, recompute=mode).activations for mode in ("full", "none"))
     layer = layer_activations(config, dense=False)
     assert kept == 4096 * 4 * (config.num_layers * 256 + layer + 2 * 256)
     assert kept < whole / 3

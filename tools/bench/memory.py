@@ -23,11 +23,10 @@ from deepseek_jax.planning.memory import step_memory
 from tools.bench.common import LENGTH, ROWS, machine, make_trainer
 
 RESULT = Path(__file__).parent / "results" / "memory.md"
-CASES = {
-    "one microbatch": {},
-    "one microbatch, recompute": {"recompute": "full"},
-    "8 microbatches of one row": {"microbatch_rows": 1},
-    "8 microbatches, recompute": {"microbatch_rows": 1, "recompute": "full"},
+CASES: dict[str, dict] = {
+    f"{name}, recompute {mode}": {**rows, "recompute": mode}
+    for name, rows in (("one microbatch", {}), ("8 microbatches", {"microbatch_rows": 1}))
+    for mode in ("none", "selective", "full")
 }
 
 _CASE = flags.DEFINE_enum("case", None, list(CASES), "measure one case in this process and print it as JSON")
@@ -74,7 +73,7 @@ def measure(**step_options) -> dict:
         state, metrics = step(state, batch, hyper)
         jax.block_until_ready((state, metrics))
     rows = step_options.get("microbatch_rows", ROWS)
-    memory = step_memory(config, rows * LENGTH, recompute=step_options.get("recompute") == "full")
+    memory = step_memory(config, rows * LENGTH, recompute=step_options["recompute"])
     return {
         "parameters": memory.parameters,
         "gradients": memory.gradients,
