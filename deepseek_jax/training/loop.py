@@ -328,7 +328,7 @@ def use_compile_cache(directory: str | None = None) -> None:
     if config.jax_compilation_cache_dir is None:
         path = epath.Path(directory or "~/.cache/deepseek_jax/xla").expanduser()
         config.update("jax_compilation_cache_dir", str(path))
-        config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _require_new(folder: epath.Path, store: CheckpointStore) -> None:
