@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from small_model import QUICK
+from small_model import QUICK, initial_state
 
 from deepseek_jax.config import AttentionConfig, ModelConfig, MoEConfig
 from deepseek_jax.data import DataConfig, TextFiles, TokenizerConfig
@@ -93,6 +93,8 @@ def experiment(texts: Path, **changes: Any) -> Experiment:
 def quick_runs() -> Iterator[pytest.MonkeyPatch]:
     """Runs in here share what is compiled, compile it quickly, and measure no matmul."""
     with pytest.MonkeyPatch.context() as patch:
+        # Drawing the initial weights compiles a program per shape, which other tests have done.
+        patch.setattr(Trainer, "initial_state", lambda self, seed: initial_state(self, seed=seed))
         patch.setattr(loop, "make_trainer", _shared_trainer)
         patch.setattr(loop, "measure_matmul_peak", lambda dtype: 1e9)
         yield patch
