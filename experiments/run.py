@@ -259,8 +259,10 @@ def prepare_environment(environment: MutableMapping[str, str], *, virtual_device
     given += [f"{flag}={value}" for flag, value in wanted.items() if not any(g.startswith(flag) for g in given)]
     environment["XLA_FLAGS"] = " ".join(given)
     environment["JAX_PLATFORMS"] = "cpu"
-    # With fewer threads than twice the devices, a collective can wait forever for one that never gets a thread.
-    environment.setdefault("NPROC", str(max(32, 4 * virtual_devices)))
+    # With fewer threads than twice the devices, a collective can wait forever for one that never gets a thread. Many
+    # more make XLA cut operations into pieces that are too small, which only a simulated mesh can afford.
+    trains = virtual_devices <= (os.cpu_count() or 1)
+    environment.setdefault("NPROC", str(2 * virtual_devices if trains else max(32, 4 * virtual_devices)))
 
 
 def is_user_error(error: BaseException) -> bool:

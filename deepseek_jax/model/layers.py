@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from deepseek_jax import ops
 from deepseek_jax.model.parameters import parameter
 
 
@@ -22,7 +23,7 @@ class Linear(nnx.Module):
         self.weight = parameter((in_size, out_size), axes, init_std=init_std)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x @ self.weight[...].astype(x.dtype)
+        return ops.linear(x, self.weight[...].astype(x.dtype))
 
 
 class RMSNorm(nnx.Module):

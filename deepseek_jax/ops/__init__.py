@@ -8,6 +8,8 @@ from deepseek_jax.ops.grouped_matmul import (
     preferred_alignment,
 )
 
+from deepseek_jax.ops.linear import linear
+
 __all__ = [
     "attention",
     "cross_entropy",
@@ -15,6 +17,7 @@ __all__ = [
     "grouped_matmul",
     "grouped_matmul_dw",
     "grouped_matmul_dx",
+    "linear",
     "preferred_alignment",
     "vocab_partials",
 ]

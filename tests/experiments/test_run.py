@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import subprocess
 import sys
@@ -264,7 +265,8 @@ def test_help_names_every_flag(capsys):
     assert run.main([]) == 0
 
 
-def test_virtual_devices_set_what_jax_reads():
+def test_virtual_devices_set_what_jax_reads(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
     environment = {"XLA_FLAGS": "--xla_cpu_collective_call_terminate_timeout_seconds=5 --other", "PATH": "p"}
     run.prepare_environment(environment, virtual_devices=16)
     assert environment == {
@@ -279,5 +281,5 @@ def test_virtual_devices_set_what_jax_reads():
     assert untouched == {"XLA_FLAGS": "--other"}
     small = {}
     run.prepare_environment(small, virtual_devices=2)
-    assert small["NPROC"] == "32"
+    assert small["NPROC"] == "4"
     assert small["XLA_FLAGS"].startswith("--xla_force_host_platform_device_count=2 --xla_cpu_collective")
