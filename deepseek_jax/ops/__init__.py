@@ -7,7 +7,6 @@ from deepseek_jax.ops.grouped_matmul import (
     grouped_matmul_dx,
     preferred_alignment,
 )
-
 from deepseek_jax.ops.linear import linear
 
 __all__ = [
