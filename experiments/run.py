@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
         profile = _profile_steps(options.profile)
         _check_workdir(workdir, experiment, resume=options.resume)
         started = True
-        return _run(experiment, workdir, resume=options.resume, profile=profile)
+        return _run(experiment, workdir, options, profile)
     except KeyboardInterrupt as interrupt:
         number = getattr(interrupt, "signal", signal.SIGINT)
         return _fail(str(interrupt) or "interrupted before there was anything to save", 128 + number)
@@ -171,13 +171,16 @@ def _check_workdir(workdir: str, experiment: Any, *, resume: bool) -> None:
             print(f"resuming with {path} = {now}, was {before}", file=sys.stderr)
 
 
-def _run(experiment: Any, workdir: str, *, resume: bool, profile: tuple[int, int] | None) -> int:
+def _run(experiment: Any, workdir: str, options: flags.FlagValues, profile: tuple[int, int] | None) -> int:
     from deepseek_jax.training.loop import train
 
-    result = train(experiment, workdir=workdir, resume=resume, profile=profile)
+    result = train(experiment, workdir=workdir, resume=options.resume, profile=profile)
     if result.status == "interrupted":
         number = getattr(result, "signal", None) or signal.SIGINT
-        print(f"stopped by {signal.Signals(number).name}; --resume --workdir {workdir} goes on", file=sys.stderr)
+        resume = f"--resume --workdir {workdir}"
+        if options.virtual_devices:
+            resume += f" --virtual_devices {options.virtual_devices}"
+        print(f"stopped by {signal.Signals(number).name}; {resume} goes on", file=sys.stderr)
         return 128 + number
     return EXIT_DONE
 

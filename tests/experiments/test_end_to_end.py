@@ -168,6 +168,15 @@ def test_a_signal_ends_with_its_exit_code_and_the_way_to_go_on(home, tmp_path, c
     assert checkpoints(folder) == [2, 3]
 
 
+def test_the_way_to_go_on_names_the_devices_that_the_run_needs(home, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run, "prepare_environment", lambda environment, virtual_devices: None)
+    argv = ["--config", home.config, "--workdir", str(tmp_path / "run"), "--virtual_devices=1"]
+    with after_step(1, kill(signal.SIGINT)):
+        assert run.main(argv) == 130
+    expected = f"stopped by SIGINT; --resume --workdir {tmp_path}/run --virtual_devices 1 goes on\n"
+    assert capsys.readouterr().err == expected
+
+
 def test_what_it_says_does_go_on(home, first, stopped):
     assert run.main(["--resume", "--workdir", str(stopped)]) == 0
     assert records(stopped, "train") == records(first, "train")
