@@ -96,7 +96,7 @@ def train(
     """
     started = time.monotonic()
     folder = epath.Path(workdir)
-    use_compile_cache()
+    use_compile_cache(exact_names=profile is not None)
 
     # --- mesh and model: abstract, so that a wrong config costs nothing ---
     trainer = make_trainer(experiment)
@@ -322,13 +322,19 @@ class _Judged(NamedTuple):
 _NOT_JUDGED = _Judged(None, None)
 
 
-def use_compile_cache(directory: str | None = None) -> None:
-    """Keeps compiled programs on disk, so that a second start compiles nothing; a user's own setting stays."""
+def use_compile_cache(directory: str | None = None, *, exact_names: bool = False) -> None:
+    """Keeps compiled programs on disk, so that a second start compiles nothing; a user's own setting stays.
+
+    A program found there has the names and source lines of the code that first compiled it; with `exact_names`, for a
+    trace, only programs that agree in these too are taken.
+    """
     config: Any = jax.config  # declares its values at run time
     if config.jax_compilation_cache_dir is None:
         path = epath.Path(directory or "~/.cache/deepseek_jax/xla").expanduser()
         config.update("jax_compilation_cache_dir", str(path))
         config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if exact_names:
+        config.update("jax_compilation_cache_include_metadata_in_key", True)
 
 
 def _require_new(folder: epath.Path, store: CheckpointStore) -> None:

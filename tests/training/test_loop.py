@@ -34,6 +34,7 @@ from deepseek_jax.training import canonical, loop
 from deepseek_jax.training.checkpoint import CheckpointError, CheckpointStore
 from deepseek_jax.training.experiment import CheckpointConfig, EvaluationConfig, LoggingConfig
 from deepseek_jax.training.finish import HeldoutEvaluator
+from deepseek_jax.training.profiling import StepTrace
 from deepseek_jax.training.signals import StoppedAtOnce
 from deepseek_jax.training.stability import NonFiniteLossError
 from deepseek_jax.training.step import StepMetrics, Trainer
@@ -393,6 +394,27 @@ def test_a_run_waits_for_the_device_only_where_it_logs_saves_or_stops(runs, tmp_
     assert [line["step"] for line in records(tmp_path, "train")] == [step for step in waits if step in (1, 4, 8, 12)][
         : None if every == 4 else 1
     ]
+
+
+def test_a_trace_calls_a_step_by_its_number(runs, tmp_path, monkeypatch):
+    seen = []
+    real_trace, real_step = StepTrace.step, Trainer.step
+
+    def traced(self, number):
+        seen.append(("trace", number))
+        return real_trace(self, number)
+
+    def step(self, state, batch, hyper):
+        state, metrics = real_step(self, state, batch, hyper)
+        seen.append(("step", int(state.step)))
+        return state, metrics
+
+    monkeypatch.setattr(StepTrace, "step", traced)
+    monkeypatch.setattr(Trainer, "step", step)
+    for end in (2, 4):
+        with after_step(end, kill(signal.SIGTERM)):
+            train(runs.base, tmp_path, resume=end > 2)
+    assert seen == [(kind, number) for number in (1, 2, 3, 4) for kind in ("trace", "step")]
 
 
 # --- ends, folders and refusals -------------------------------------------------------------------------------------
