@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -283,3 +284,32 @@ def test_virtual_devices_set_what_jax_reads(monkeypatch):
     run.prepare_environment(small, virtual_devices=2)
     assert small["NPROC"] == "4"
     assert small["XLA_FLAGS"].startswith("--xla_force_host_platform_device_count=2 --xla_cpu_collective")
+
+
+KEEPS = """
+import mmap, resource
+from experiments.run import keep_freed_memory
+if {keep}:
+    keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    b"x" * (64 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults(), faults()
+print(faults() * mmap.PAGESIZE)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is told to keep memory")
+def test_freed_memory_is_kept_and_not_asked_of_the_kernel_again():
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k != "GLIBC_TUNABLES"}
+
+    def fresh_bytes(keep: bool, **more: str) -> int:
+        command = [sys.executable, "-c", KEEPS.format(keep=keep)]
+        done = subprocess.run(command, env=environment | more, check=True, stdout=subprocess.PIPE, text=True)
+        return int(done.stdout)
+
+    assert fresh_bytes(keep=True) < 2**20
+    assert fresh_bytes(keep=False) > 2**25
+    # A user who tuned malloc is left alone.
+    assert fresh_bytes(keep=True, MALLOC_TOP_PAD_="131072") > 2**25
