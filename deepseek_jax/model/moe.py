@@ -51,7 +51,9 @@ class Router(nnx.Module):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, Routing]:
         """x `[T, D]` -> affinities `[T, E]` and the routing."""
         wide = at_least_float32(x.dtype)
-        logits = checkpoint_name(ops.linear(x.astype(wide), self.weight[...].astype(wide)), "router_logits")
+        # Highest, or a GPU would round to TF32: a score off by that much changes which experts are chosen.
+        logits = ops.linear(x.astype(wide), self.weight[...].astype(wide), precision=jax.lax.Precision.HIGHEST)
+        logits = checkpoint_name(logits, "router_logits")
         scores = router_scores(logits, self.config)
         experts = select_experts(scores, None if self.bias is None else self.bias[...], self.config)
         experts = checkpoint_name(experts, "routing")

@@ -5,14 +5,19 @@ Shape letters: T tokens, K and N the two widths of the weight.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 
-def linear(x: Array, w: Array) -> Array:
-    """`x @ w` for x `[..., K]` and w `[K, N]` of one dtype, which the result has."""
-    return _linear(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[-1])
+def linear(x: Array, w: Array, *, precision: lax.Precision | None = None) -> Array:
+    """`x @ w` for x `[..., K]` and w `[K, N]` of one dtype, which the result has.
+
+    `precision` is jax's: HIGHEST keeps a GPU from rounding float32 operands to TF32, in the gradients as well.
+    """
+    return _linear(x.reshape(-1, x.shape[-1]), w, precision).reshape(*x.shape[:-1], w.shape[-1])
 
 
 def transposed(x: Array) -> Array:
@@ -24,14 +29,18 @@ def transposed(x: Array) -> Array:
     return lax.optimization_barrier(x.T) if jax.default_backend() == "cpu" else x.T
 
 
-@jax.custom_vjp
-def _linear(x, w):
-    return x @ w
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _linear(x, w, precision):
+    return jnp.matmul(x, w, precision=precision)
 
 
-def _backward(residuals, dy):
+def _forward(x, w, precision):
+    return _linear(x, w, precision), (x, w)
+
+
+def _backward(precision, residuals, dy):
     x, w = residuals
-    return jnp.matmul(dy, w.T), jnp.matmul(transposed(x), dy)
+    return jnp.matmul(dy, w.T, precision=precision), jnp.matmul(transposed(x), dy, precision=precision)
 
 
-_linear.defvjp(lambda x, w: (_linear(x, w), (x, w)), _backward)
+_linear.defvjp(_forward, _backward)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import time
@@ -29,7 +28,6 @@ from deepseek_jax.training.checkpoint import CheckpointStore, check_compatible
 from deepseek_jax.training.experiment import Experiment
 from deepseek_jax.training.finish import HeldoutEvaluator, finish_run
 from deepseek_jax.training.metrics import JSONL_NAME, MetricsWriter
-from deepseek_jax.training.optimizer import adamw
 from deepseek_jax.training.profiling import StepTrace, measure_matmul_peak
 from deepseek_jax.training.progress import Progress, human_count
 from deepseek_jax.training.signals import Signals, name_of
@@ -67,7 +65,7 @@ def make_trainer(experiment: Experiment) -> Trainer:
         Transformer(experiment.model),
         place(experiment.model, stages=experiment.parallel.pipe),
         make_mesh(experiment.parallel),
-        functools.partial(adamw, experiment.optimizer),
+        experiment.optimizer.make,
         config,
     )
 

@@ -16,7 +16,10 @@ from deepseek_jax.tree import Tree, map_leaves
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW's constants; epsilon is not stated in the paper."""
+    """AdamW's constants; epsilon is not stated in the paper.
+
+    Another optimizer is a frozen dataclass derived from this one with a `make` of its own.
+    """
 
     peak_lr: float = 2.2e-4
     beta1: float = 0.9
@@ -40,6 +43,13 @@ class OptimizerConfig:
             self.moment_dtype in ("float32", "bfloat16"),
             f"optimizer.moment_dtype must be float32 or bfloat16, not {self.moment_dtype!r}",
         )
+
+    def make(self, specs: Tree) -> optax.GradientTransformation:
+        """The transformation of gradients, without learning rate and clipping, which the step applies.
+
+        Checkpoints take any state that optax makes of the parameters. `specs` are the parameters' declarations.
+        """
+        return adamw(self, specs)
 
 
 class AdamState(NamedTuple):

@@ -1,13 +1,11 @@
 """One and eight data-parallel devices take the same steps."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from small_model import gradient_descent, hyperparameters, initial_state, packed, run_step, small, trainer
 
-from deepseek_jax.training.optimizer import OptimizerConfig, adamw
+from deepseek_jax.training.optimizer import OptimizerConfig
 from deepseek_jax.tree import flatten
 
 CONFIG = small()
@@ -57,7 +55,7 @@ def test_float64_steps_agree_to_rounding():
 
 
 def test_float32_losses_of_adamw_agree():
-    optimizer = functools.partial(adamw, OptimizerConfig())
+    optimizer = OptimizerConfig().make
     (one, _), (eight, _) = (course(n, jnp.float32, optimizer, 0.01) for n in (1, 8))
     losses = np.array([[float(m.loss) for m in seen] for seen in (one, eight)])
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)

@@ -30,3 +30,15 @@ def test_bfloat16_stays_bfloat16():
     x, w = jnp.ones((3, 5), jnp.bfloat16), jnp.ones((5, 4), jnp.bfloat16)
     dx, dw = jax.grad(lambda x, w: ops.linear(x, w).sum().astype(jnp.float32), (0, 1))(x, w)
     assert (ops.linear(x, w).dtype, dx.dtype, dw.dtype) == (jnp.bfloat16,) * 3
+
+
+def test_highest_precision_reaches_the_product_and_both_gradients():
+    x, w = jnp.ones((3, 5)), jnp.ones((5, 4))
+
+    def loss(x, w):
+        return ops.linear(x, w, precision=jax.lax.Precision.HIGHEST).sum()
+
+    text = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(x, w).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) == 3
+    assert all("[HIGHEST, HIGHEST]" in line for line in products)

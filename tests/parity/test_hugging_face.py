@@ -1,7 +1,6 @@
 """Parity with Hugging Face's `DeepseekV3ForCausalLM`: logits, first gradients, and twenty steps of training."""
 
 import dataclasses
-import functools
 
 import jax
 import numpy as np
@@ -11,7 +10,7 @@ from small_model import ATTENTION, MOE, full, gradient_descent, hyperparameters,
 
 from deepseek_jax.config import YarnConfig
 from deepseek_jax.parallel.pipeline.executor import _merge
-from deepseek_jax.training.optimizer import OptimizerConfig, adamw
+from deepseek_jax.training.optimizer import OptimizerConfig
 from deepseek_jax.tree import map_leaves
 
 pytestmark = pytest.mark.torch
@@ -120,7 +119,7 @@ def test_first_gradients(config):
 def test_twenty_steps_of_adamw(config):
     """The same weights and batches, clipping at 1, decay on matrices only, no bias update: losses within 1e-4."""
     constants = OptimizerConfig()
-    model, runner, state = pair(config, optimizer=functools.partial(adamw, constants))
+    model, runner, state = pair(config, optimizer=constants.make)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     scales = [p for p in model.parameters() if p.ndim == 1]
     rate = 3e-3

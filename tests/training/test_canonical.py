@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from typing import Any
 
@@ -14,7 +13,7 @@ from small_model import initial_state, small, trainer
 
 from deepseek_jax.training import canonical
 from deepseek_jax.training.checkpoint import CheckpointError, CheckpointStore
-from deepseek_jax.training.optimizer import OptimizerConfig, adamw
+from deepseek_jax.training.optimizer import OptimizerConfig
 from deepseek_jax.training.step import TrainState
 
 # Two layers of each kind, and no two of them alike.
@@ -24,7 +23,7 @@ STEP = 4321
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def runner(request):
-    return trainer(CONFIG, optimizer=functools.partial(adamw, OptimizerConfig(moment_dtype=request.param)))
+    return trainer(CONFIG, optimizer=OptimizerConfig(moment_dtype=request.param).make)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import platform
 from pathlib import Path
@@ -23,11 +22,11 @@ def make_trainer(config: ModelConfig, **step_options):
     from deepseek_jax.model.transformer import Transformer
     from deepseek_jax.parallel.mesh import ParallelConfig, make_mesh
     from deepseek_jax.parallel.placement import place
-    from deepseek_jax.training.optimizer import OptimizerConfig, adamw
+    from deepseek_jax.training.optimizer import OptimizerConfig
     from deepseek_jax.training.step import Hyperparameters, StepConfig, Trainer
 
     mesh = make_mesh(ParallelConfig(data=jax.device_count()))
-    optimizer = functools.partial(adamw, OptimizerConfig())
+    optimizer = OptimizerConfig().make
     trainer = Trainer(Transformer(config), place(config), mesh, optimizer, StepConfig(**step_options))
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, LENGTH + 1)).astype(np.int32)
     ones, positions = np.ones_like(tokens), np.broadcast_to(np.arange(LENGTH + 1, dtype=np.int32), tokens.shape)
