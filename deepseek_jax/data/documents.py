@@ -39,7 +39,7 @@ class Documents:
     digests: np.ndarray
     """uint64 `[N]`: `digest` of every document's id."""
     total_bytes: int
-    """Bytes of all texts in UTF-8, roughly: mixture weights are shares of it."""
+    """Bytes of all texts in UTF-8: mixture weights are shares of it."""
 
     def __len__(self) -> int:
         return len(self.digests)
@@ -62,7 +62,7 @@ class InMemory(Documents):
         self.name = name
         self._documents = list(documents)
         self.digests = digests_of(document.id for document in self._documents)
-        self.total_bytes = sum(len(document.text) for document in self._documents)
+        self.total_bytes = sum(len(document.text.encode()) for document in self._documents)
 
     def __getitem__(self, index: int) -> Document:
         return self._documents[index]

@@ -53,7 +53,7 @@ class _IndexedLines(Documents):
             for line, offset, text in _iterate_file(path, source.field, skips):
                 rows.append((number, line, offset))
                 ids.append(f"{name}:{line}")
-                self.total_bytes += len(text)
+                self.total_bytes += len(text.encode())
         self._rows = np.array(rows, np.int64).reshape(-1, 3)
         self.digests = digests_of(iter(ids))
 

@@ -69,6 +69,22 @@ def test_parquet(tmp_path):
     assert documents(Parquet(path=tmp_path, column="body")) == expected
 
 
+def test_the_size_of_a_source_is_in_bytes(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl_bytes())
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(jsonl_bytes()))
+    parquet(tmp_path / "a.parquet")
+    (tmp_path / "a.txt").write_text("".join(TEXTS), encoding="utf-8")
+    expected = len("".join(TEXTS).encode())
+    assert expected > len("".join(TEXTS))
+    for source in (
+        Jsonl(path=tmp_path / "a.jsonl"),
+        Jsonl(path=tmp_path / "a.jsonl.gz"),
+        Parquet(path=tmp_path),
+        TextFiles(path=tmp_path / "a.txt"),
+    ):
+        assert open_documents(source).total_bytes == expected, source
+
+
 @pytest.mark.parametrize("source", [TextFiles, Jsonl, Parquet])
 def test_missing_and_empty_sources(tmp_path, source):
     with pytest.raises(DataError, match=r"nowhere: no such file or folder$"):
