@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 QUICKSTART := runs/quickstart
 # The quickstart trains data-parallel, one virtual device per core: XLA's own threads use several cores less well.
-DEVICES ?= $(shell $(PYTHON) -c 'import os; print(max(d for d in (1, 2, 4, 8) if d <= (os.cpu_count() or 1)))')
+DEVICES ?= $(shell $(PYTHON) experiments/cores.py)
 # PARITY=1 installs PyTorch as well, for the tests that compare with it (several GB where its package carries CUDA).
 PARITY ?=
 comma := ,

@@ -24,6 +24,8 @@ from typing import Any
 
 from absl import flags
 
+from experiments.cores import usable_cores
+
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 """A stop by a signal exits with 128 plus its number, as shells do: 130 for SIGINT, 143 for SIGTERM."""
 
@@ -265,10 +267,13 @@ def prepare_environment(environment: MutableMapping[str, str], *, virtual_device
     given += [f"{flag}={value}" for flag, value in wanted.items() if not any(g.startswith(flag) for g in given)]
     environment["XLA_FLAGS"] = " ".join(given)
     environment["JAX_PLATFORMS"] = "cpu"
-    # With fewer threads than twice the devices, a collective can wait forever for one that never gets a thread. Many
-    # more make XLA cut operations into pieces that are too small, which only a simulated mesh can afford.
-    trains = virtual_devices <= (os.cpu_count() or 1)
-    environment.setdefault("NPROC", str(2 * virtual_devices if trains else max(32, 4 * virtual_devices)))
+    # A collective occupies a thread of XLA's until all devices have come to it. A train step's follow one another, so
+    # a thread per device is enough, and more take turns on the cores and spoil each other's caches. Simulated meshes
+    # run programs of any kind, and hang now and then with few threads.
+    if 1 < virtual_devices <= usable_cores():
+        environment.setdefault("NPROC", str(virtual_devices))
+    elif virtual_devices > 1:
+        environment.setdefault("NPROC", str(max(32, 4 * virtual_devices)))
 
 
 def keep_freed_memory() -> None:

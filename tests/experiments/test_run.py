@@ -15,6 +15,7 @@ import pytest
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.config_io import load_config, save_config
 from experiments import run
+from experiments.cores import devices_to_train_on, usable_cores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -267,7 +268,7 @@ def test_help_names_every_flag(capsys):
 
 
 def test_virtual_devices_set_what_jax_reads(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(run, "usable_cores", lambda: 4)
     environment = {"XLA_FLAGS": "--xla_cpu_collective_call_terminate_timeout_seconds=5 --other", "PATH": "p"}
     run.prepare_environment(environment, virtual_devices=16)
     assert environment == {
@@ -282,7 +283,7 @@ def test_virtual_devices_set_what_jax_reads(monkeypatch):
     assert untouched == {"XLA_FLAGS": "--other"}
     small = {}
     run.prepare_environment(small, virtual_devices=2)
-    assert small["NPROC"] == "4"
+    assert small["NPROC"] == "2"
     assert small["XLA_FLAGS"].startswith("--xla_force_host_platform_device_count=2 --xla_cpu_collective")
 
 
@@ -313,3 +314,27 @@ def test_freed_memory_is_kept_and_not_asked_of_the_kernel_again():
     assert fresh_bytes(keep=False) > 2**25
     # A user who tuned malloc is left alone.
     assert fresh_bytes(keep=True, MALLOC_TOP_PAD_="131072") > 2**25
+
+
+def test_cores_are_those_that_a_container_may_use(tmp_path):
+    files = [tmp_path / name for name in ("cpu.max", "quota", "period")]
+    unified, quota, period = files
+
+    def cores() -> int:
+        return usable_cores(tuple(map(str, files)))
+
+    everything = cores()
+    assert everything == (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    for text, wanted in (("max 100000", everything), ("100000 100000", 1), ("50000 100000", 1), ("900000 1000", None)):
+        unified.write_text(text)
+        assert cores() == (everything if wanted is None else wanted), text
+    unified.unlink()
+    quota.write_text("100000")
+    period.write_text("100000")
+    assert cores() == 1
+    quota.write_text("-1")
+    assert cores() == everything
+
+
+def test_a_run_trains_on_a_power_of_two_devices():
+    assert [devices_to_train_on(cores) for cores in (1, 2, 3, 4, 7, 64)] == [1, 2, 2, 4, 4, 8]

@@ -7,6 +7,7 @@ import platform
 from pathlib import Path
 
 from deepseek_jax.config import ModelConfig
+from experiments.cores import usable_cores
 
 ROWS, LENGTH = 8, 512
 """Sequences of a batch, and the tokens that each predicts."""
@@ -81,10 +82,11 @@ def hugging_face_config(config: ModelConfig):
 
 
 def machine() -> str:
-    """The processor's name and the number of cores."""
+    """The processor, how many of its cores there are for us, and how busy they are."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         name = names[0] if names else name
-    return f"{name}, {os.cpu_count()} cores"
+    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    return f"{name}, {usable_cores()} cores{load}"

@@ -4,7 +4,8 @@
 
 The analytic sum is `planning.memory`: parameters, gradients, two moments, and the activations that the backward pass
 needs. The compiler's figure is its own plan of the step: arguments, results that reuse none of them, and temporaries.
-The process's figure is how far its resident memory grew, at most, from before the state was made to after the step.
+The process's figure is how far its resident memory grew, at most, from before the state was made to after the step;
+malloc is as the system sets it, since memory that a run keeps after compiling (`keep_freed_memory`) would hide growth.
 """
 
 from __future__ import annotations

@@ -12,8 +12,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib.metadata
-import os
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -28,8 +26,9 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.context import LayerContext
 from deepseek_jax.model.moe import MoE
 from deepseek_jax.parallel.dispatch import LocalDispatcher
+from experiments.run import keep_freed_memory
+from tools.bench.common import LENGTH, ROWS, machine
 
-ROWS, LENGTH = 8, 512
 EXPERTS = (8, 32, 64, 128)
 LAYERS = 4
 LIMIT = 1.5
@@ -42,6 +41,7 @@ _WRITE = flags.DEFINE_bool("write", False, f"write the table to {RESULT.name} in
 def main(argv: list[str]) -> None:
     """Measures, prints the table, and with `--write` keeps it."""
     del argv
+    keep_freed_memory()
     runs = {experts: make_run(with_experts(zoo.bench(), experts)) for experts in EXPERTS}
     for run in runs.values():
         run()
@@ -118,17 +118,6 @@ def report(seconds: dict[int, list[tuple[float, float]]]) -> str:
     verdict = "met" if ratio <= LIMIT else "missed"
     lines += ["", f"The goal, at most {LIMIT} times the time of {first} experts at {last}, is {verdict}.", ""]
     return "\n".join(lines)
-
-
-def machine() -> str:
-    """The processor, how many of them, and how busy they are."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        name = names[0].split(":")[1].strip() if names else name
-    return f"{cores} cores of {name}{load}"
 
 
 if __name__ == "__main__":

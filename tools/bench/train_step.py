@@ -2,8 +2,8 @@
 
     python -m tools.bench.train_step [--write]
 
-Both train `zoo.bench()` on 8 rows of 512 tokens in float32 with AdamW and clipping, on the same number of threads, in
-processes of their own that take turns. Needs the `parity` extra.
+Both train `zoo.bench()` on 8 rows of 512 tokens in float32 with AdamW and clipping, on the same number of threads and
+with the same malloc settings, in processes of their own that take turns. Needs the `parity` extra.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from absl import app, flags
 
 from deepseek_jax import zoo
 from deepseek_jax.config import ModelConfig
-from experiments.run import prepare_environment
+from experiments.run import keep_freed_memory, prepare_environment
 from tools.bench.common import LENGTH, ROWS, hugging_face_config, machine, make_trainer
 
 RESULT = Path(__file__).parent / "results" / "train_step.md"
@@ -110,6 +110,7 @@ def measure_deepseek_jax(config: ModelConfig, steps: int, threads: int) -> dict:
 def measure_torch(config: ModelConfig, steps: int, threads: int) -> dict:
     """A plain PyTorch loop on Hugging Face's model, with fused AdamW."""
     bind(threads)
+    keep_freed_memory()
     import torch
     import transformers
 
