@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from small_model import initial_state, small, trainer
 
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.config_io import from_dict, override_all, to_dict
 from deepseek_jax.training import canonical
 from deepseek_jax.training.checkpoint import CheckpointError, CheckpointStore
+from deepseek_jax.training.experiment import Experiment
 from deepseek_jax.training.optimizer import OptimizerConfig
+from deepseek_jax.training.schedules import paper_schedule
 from deepseek_jax.training.step import TrainState
 
 # Two layers of each kind, and no two of them alike.
@@ -136,3 +142,27 @@ def test_an_optimizer_without_moments_has_no_entries_for_them():
     entries = canonical.to_canonical(plain, state)
     assert not [name for name in entries if name.startswith(canonical.OPTIMIZER)]
     assert_same_state(canonical.from_canonical(plain, entries, 0), state)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Momentum(OptimizerConfig):
+    """Gradient descent with momentum: what a recipe with an optimizer of its own writes."""
+
+    decay: float = 0.9
+
+    def make(self, specs) -> optax.GradientTransformation:
+        del specs
+        return optax.chain(optax.trace(self.decay), optax.scale(0.5))
+
+
+def test_a_recipe_brings_an_optimizer_of_its_own():
+    experiment = Experiment(model=ModelConfig(), schedule=paper_schedule(100, warmup_tokens=10, rows=1))
+    experiment = override_all(experiment, ["optimizer=Momentum(decay=0.8)"])
+    config = from_dict(Experiment, to_dict(experiment)).optimizer
+    assert config == Momentum(decay=0.8)
+    runner = trainer(CONFIG, optimizer=config.make)
+    start = initial_state(runner)
+    filled = dataclasses.replace(start, opt_state=jax.tree.map(lambda leaf: leaf + 2, start.opt_state))
+    entries = canonical.to_canonical(runner, filled)
+    assert entries["optimizer.0.trace/layers.3.attention.kv_a.weight"].shape == (24, 20)
+    assert_same_state(canonical.from_canonical(runner, entries, 0), filled)

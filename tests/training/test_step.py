@@ -172,6 +172,29 @@ def test_every_bias_moves_by_the_rate_against_its_load(whole):
     np.testing.assert_allclose(metrics.max_vio, load.max(axis=1) / load.mean(axis=1) - 1, rtol=1e-5)
 
 
+def test_a_tied_head_adds_its_gradient_to_the_embedding():
+    """The same weights tied and untied: the tied one moves by both gradients."""
+    config = dataclasses.replace(CONFIG, tie_embeddings=True)
+    tied, untied = trainer(config, clip_norm=1e9), trainer(CONFIG, clip_norm=1e9)
+    with jax.enable_x64(True):
+        start = initial_state(tied, jnp.float64)
+        before = np.asarray(start.params["embedding"]["weight"])
+        params = jax.tree.map(jnp.copy, start.params) | {"head": {"weight": jnp.asarray(before.T)}}
+        apart, _ = run_step(
+            untied,
+            untied.fresh_state(params, jax.tree.map(jnp.copy, start.router_bias)),
+            BATCH,
+            hyperparameters(dtype=jnp.float64),
+        )
+        together, _ = run_step(tied, start, BATCH, hyperparameters(dtype=jnp.float64))
+        moved = np.asarray(together.params["embedding"]["weight"]) - before
+        expected = np.asarray(apart.params["embedding"]["weight"]) - before
+        expected += (np.asarray(apart.params["head"]["weight"]) - before.T).T
+    assert np.abs(moved).max() > 1e-6
+    np.testing.assert_allclose(moved, expected, rtol=1e-9, atol=1e-15)
+    assert "head" not in together.params
+
+
 def test_a_step_counts_one(whole):
     assert whole[0].step == 1
 
