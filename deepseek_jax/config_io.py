@@ -186,10 +186,10 @@ def from_dict(cls: type[C], data: Any) -> C:
 
 
 def save_config(config: Any, path: str | os.PathLike) -> None:
-    """Writes `config` to `path` as JSON: local, or any storage that `etils.epath` reaches."""
-    from etils import epath  # a tenth of a second that `--help` does not need
+    """Writes `config` to `path` as JSON: a local path, `gs://…` or `s3://…`."""
+    from deepseek_jax.paths import user_path  # a tenth of a second that `--help` does not need
 
-    target = epath.Path(path)
+    target = user_path(path, "the config")
     target.parent.mkdir(parents=True, exist_ok=True)
     # Written aside, then moved: a run that dies here leaves the old file or the new one, never half of one.
     partial = target.parent / f"{target.name}.{os.getpid()}.partial"
@@ -199,10 +199,11 @@ def save_config(config: Any, path: str | os.PathLike) -> None:
 
 def load_config(cls: type[C], path: str | os.PathLike) -> C:
     """The `cls` saved at `path`."""
-    from etils import epath
+    from deepseek_jax.paths import user_path
 
+    file = user_path(path, "the config")
     try:
-        data = json.loads(epath.Path(path).read_text())
+        data = json.loads(file.read_text())
     except FileNotFoundError:
         raise ConfigError(f"no config at {path}") from None
     except IsADirectoryError:

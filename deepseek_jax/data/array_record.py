@@ -19,6 +19,7 @@ from deepseek_jax.data.config import ArrayRecord
 from deepseek_jax.data.documents import Document, Documents, digest
 from deepseek_jax.data.errors import DataError
 from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.paths import local_path
 
 _HEADER = struct.Struct("<IB")  # bytes of the id, bytes per token
 _FORMAT = 1
@@ -45,7 +46,7 @@ class CorpusWriter:
     """
 
     def __init__(self, path: str, tokenizer: Tokenizer, *, shards: int = 1):
-        self._path = _local_folder(path)
+        self._path = local_path(path, "a tokenized corpus")
         if self._path.exists():
             raise DataError(f"{path}: exists already, and a corpus is never overwritten; choose another folder")
         if shards < 1:
@@ -116,7 +117,7 @@ class _TokenizedDocuments(Documents):
         from array_record.python import array_record_data_source
 
         self.name = source.path
-        folder = _local_folder(source.path)
+        folder = local_path(source.path, "a tokenized corpus")
         self._metadata = _read_metadata(folder)
         self.total_bytes = self._metadata["bytes"]
         self._tokenizer_path = folder / "tokenizer.json"
@@ -166,12 +167,6 @@ def _read_metadata(folder: epath.Path) -> dict:
     if metadata.get("format") != _FORMAT:
         raise DataError(f"{path}: format {metadata.get('format')}, and this version reads format {_FORMAT}")
     return metadata
-
-
-def _local_folder(path: str) -> epath.Path:
-    if "://" in str(path):  # its reader is C++ and opens local files only
-        raise DataError(f"{path}: ArrayRecord is read and written on a local or mounted disk only; copy the folder")
-    return epath.Path(path)
 
 
 def _damaged(path, reason) -> DataError:

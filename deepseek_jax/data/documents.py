@@ -13,6 +13,7 @@ from absl import logging
 from etils import epath
 
 from deepseek_jax.data.errors import DataError
+from deepseek_jax.paths import user_path
 
 if TYPE_CHECKING:
     from deepseek_jax.data.tokenizer import Tokenizer
@@ -90,7 +91,7 @@ def list_files(path: str, patterns: tuple[str, ...]) -> list[tuple[str, epath.Pa
 
     Hidden files and folders are passed over. Raises `DataError` if there is nothing.
     """
-    root = epath.Path(path)
+    root = user_path(path, "the corpus")
     wildcard = next((i for i, part in enumerate(root.parts) if any(c in part for c in "*?[")), None)
     if wildcard is not None and not root.exists():
         patterns = ("/".join(root.parts[wildcard:]),)

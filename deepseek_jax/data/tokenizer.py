@@ -22,6 +22,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from deepseek_jax.config import ConfigError
 from deepseek_jax.data.config import NUM_SPECIAL_TOKENS
 from deepseek_jax.data.errors import DataError
+from deepseek_jax.paths import user_path
 
 # Spellings by which a special token is found, the official one first. Later ones are those of other model families.
 SPECIAL_NAMES = {
@@ -92,7 +93,7 @@ class Tokenizer:
     @classmethod
     def load(cls, path: epath.PathLike) -> Tokenizer:
         """Reads a `tokenizer.json`, or the one in a folder. Raises `DataError` if it cannot be used."""
-        path = epath.Path(path)
+        path = user_path(path, "the tokenizer")
         if path.is_dir():
             path = path / "tokenizer.json"
         if not path.exists():
@@ -105,7 +106,7 @@ class Tokenizer:
 
     def save(self, path: epath.PathLike) -> None:
         """Writes a `tokenizer.json` that `load` and Hugging Face's tools read."""
-        epath.Path(path).write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+        user_path(path, "the tokenizer").write_text(self._backend.to_str(pretty=True), encoding="utf-8")
 
     def require_specials(self, *roles: str, reason: str) -> None:
         """Raises `DataError` that names which of the special tokens `roles` the vocabulary lacks."""

@@ -27,11 +27,11 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from deepseek_jax.paths import user_path
 from deepseek_jax.training.checkpoint_checks import (
     CheckpointError,
     check_compatible,
     check_entries,
-    checkpoint_path,
     describe,
     first_line,
 )
@@ -64,13 +64,14 @@ class CheckpointStore:
           keep_best: checkpoints of lowest metric to keep besides.
 
         Raises:
-          CheckpointError: a count is out of range, or the backend of a cloud path is not installed.
+          CheckpointError: a count is out of range.
+          ConfigError: the backend of a cloud path is not installed.
         """
         if keep_last < 1:
             raise CheckpointError(f"keep_last must be at least 1, not {keep_last}: the newest checkpoint always stays")
         if keep_best < 0:
             raise CheckpointError(f"keep_best cannot be negative: {keep_best}")
-        self.directory = checkpoint_path(directory)
+        self.directory = user_path(directory, "the checkpoint folder").absolute()
         self._keep_last = keep_last
         self._keep_best = keep_best
         self._writer: ocp.AsyncCheckpointer | None = None

@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 
-# Cloud scheme -> (modules of which etils needs one, our extra that installs it).
-_BACKENDS = {"gs": (("gcsfs", "tensorflow"), "gcs"), "s3": (("s3fs", "tensorflow"), "s3")}
 _SHOWN = 5
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be written, found or used. The message is one line, for the person who started it."""
-
-
-def checkpoint_path(directory: epath.PathLike) -> epath.Path:
-    """`directory` as the one path type of the project, made absolute where it is local.
-
-    Raises:
-      CheckpointError: a scheme that is not supported, or whose backend is not installed.
-    """
-    scheme, separator, _ = str(directory).partition("://")
-    if not separator:
-        return epath.Path(directory).expanduser().absolute()
-    if scheme not in _BACKENDS:
-        raise CheckpointError(f"checkpoints cannot live at {directory}: use a local path, gs://… or s3://…")
-    modules, extra = _BACKENDS[scheme]
-    if not any(importlib.util.find_spec(module) for module in modules):
-        raise CheckpointError(
-            f"checkpoints at {directory} need {modules[0]}, which is not installed: pip install 'deepseek_jax[{extra}]'"
-        )
-    return epath.Path(directory)
 
 
 def check_entries(

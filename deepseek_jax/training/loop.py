@@ -22,6 +22,7 @@ from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.placement import place
 from deepseek_jax.parallel.sharding import BATCH_SPEC
+from deepseek_jax.paths import local_path, user_path
 from deepseek_jax.planning.flops import training_flops_per_token
 from deepseek_jax.training import canonical
 from deepseek_jax.training.checkpoint import CheckpointStore, check_compatible
@@ -93,7 +94,7 @@ def train(
       StoppedAtOnce: a second signal came.
     """
     started = time.monotonic()
-    folder = epath.Path(workdir)
+    folder = local_path(workdir, "the workdir")
     use_compile_cache(exact_names=profile is not None)
 
     # --- mesh and model: abstract, so that a wrong config costs nothing ---
@@ -346,7 +347,7 @@ def _tokenizer(experiment: Experiment, folder: epath.Path, resume: bool) -> Toke
     """The run's tokenizer: the one it names, the one saved with it, or one trained now."""
     saved, named = folder / TOKENIZER_NAME, experiment.tokenizer.path
     # A named one comes first, so that another name is noticed; if its file is gone, the copy is as good.
-    if resume and saved.exists() and (named is None or not epath.Path(named).exists()):
+    if resume and saved.exists() and (named is None or not user_path(named, "the tokenizer").exists()):
         return Tokenizer.load(saved)
     return make_tokenizer(experiment.tokenizer, experiment.data)
 

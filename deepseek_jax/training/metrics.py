@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, TextIO
 import numpy as np
 
 from deepseek_jax.config import ConfigError, require
+from deepseek_jax.paths import local_path
 
 JSONL_NAME = "metrics.jsonl"
 _RESERVED = ("step", "tokens", "kind")
@@ -45,8 +46,7 @@ class MetricsWriter:
         self._sinks: list[_Sink] = []
         if not (_is_first_process() if enabled is None else enabled):
             return
-        require("://" not in os.fspath(directory), f"metrics are appended to a local folder, which {directory} is not")
-        directory = Path(directory)
+        directory = Path(local_path(directory, "the folder of the metrics"))
         directory.mkdir(parents=True, exist_ok=True)
         # What can be missing comes first: a run without its W&B must not leave an empty file behind.
         if wandb is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from deepseek_jax.config import ConfigError
 from deepseek_jax.data import (
     ArrayRecord,
     DataError,
@@ -84,7 +85,7 @@ def test_nothing_is_overwritten_or_left_half_done(corpus, tokenizer, tmp_path):
     ):
         pass
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(DataError, match="on a local or mounted disk only"):
+    with pytest.raises(ConfigError, match="on a local or mounted disk, which"):
         CorpusWriter("gs://bucket/corpus", tokenizer)
 
 

@@ -1,0 +1,40 @@
+"""Paths as a user names them: checked before anything is read or written, so that an error is one clear line."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from etils import epath
+
+from deepseek_jax.config import require
+
+# Cloud scheme -> (modules of which etils needs one, our extra that installs it).
+_BACKENDS = {"gs": (("gcsfs", "tensorflow"), "gcs"), "s3": (("s3fs", "tensorflow"), "s3")}
+
+
+def user_path(path: epath.PathLike, what: str) -> epath.Path:
+    """`path` as the one path type of the project; a local one may begin with `~`.
+
+    Args:
+      path: a local path, `gs://…` or `s3://…`.
+      what: names it in the message, such as "the tokenizer".
+
+    Raises:
+      ConfigError: a scheme that is not supported, or whose backend is not installed.
+    """
+    scheme, separator, _ = str(path).partition("://")
+    if not separator:
+        return epath.Path(path).expanduser()
+    require(scheme in _BACKENDS, f"{what} cannot be at {path}: use a local path, gs://… or s3://…")
+    modules, extra = _BACKENDS[scheme]
+    require(
+        any(importlib.util.find_spec(module) for module in modules),
+        f"{what} at {path} needs {modules[0]}, which is not installed: pip install 'deepseek_jax[{extra}]'",
+    )
+    return epath.Path(path)
+
+
+def local_path(path: epath.PathLike, what: str) -> epath.Path:
+    """Like `user_path`, for what is appended to or read by C++: raises `ConfigError` if `path` is in the cloud."""
+    require("://" not in str(path), f"{what} must be on a local or mounted disk, which {path} is not")
+    return user_path(path, what)
