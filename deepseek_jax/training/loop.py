@@ -30,7 +30,7 @@ from deepseek_jax.training.experiment import Experiment
 from deepseek_jax.training.finish import HeldoutEvaluator, finish_run
 from deepseek_jax.training.metrics import JSONL_NAME, MetricsWriter
 from deepseek_jax.training.profiling import StepTrace, measure_matmul_peak
-from deepseek_jax.training.progress import Progress, human_count
+from deepseek_jax.training.progress import Progress, TrainingClock, human_count
 from deepseek_jax.training.signals import Signals, name_of
 from deepseek_jax.training.stability import NonFiniteGuard
 from deepseek_jax.training.step import Hyperparameters, StepConfig, StepMetrics, Trainer, TrainState
@@ -158,6 +158,9 @@ class _Run:
         self.guard = NonFiniteGuard(folder)
         self.peak_flops = measure_matmul_peak(experiment.precision.compute) * jax.process_count()
         self.flops_per_token = training_flops_per_token(experiment.model, experiment.data.sequence_length)
+        self.clock = TrainingClock()
+        self.compiled: set[tuple[int, ...]] = set()
+        """Batch shapes that a step was compiled for."""
         self.progress: Progress
 
     def __enter__(self):
@@ -170,9 +173,9 @@ class _Run:
     def steps(self, state: TrainState, step: int, tokens: int, signals: Signals, trace: StepTrace):
         """Steps until the tokens are spent, the data ends or a signal comes; returns the state and where it is."""
         experiment, schedule = self.experiment, self.experiment.schedule
-        judged, logged = _NOT_JUDGED, (time.monotonic(), tokens)
+        judged, logged = _NOT_JUDGED, (self.clock(), tokens)
         last = tokens >= schedule.total_tokens
-        self.progress = Progress(schedule.total_tokens, start_tokens=tokens)
+        self.progress = Progress(schedule.total_tokens, start_tokens=tokens, clock=self.clock)
         with self.progress:
             self._announce(step, tokens)
             while not last and signals.received is None:
@@ -182,7 +185,7 @@ class _Run:
                     break
                 hyper = self._hyperparameters(tokens)
                 with trace.step(step + 1):
-                    state, metrics = self.trainer.step(state, batch.device, hyper)
+                    state, metrics = self._step(state, batch.device, hyper)
                 step, tokens = step + 1, tokens + batch.tokens
                 self.guard.watch(step, metrics, batch.host)
                 self.progress.advance(tokens)
@@ -221,6 +224,10 @@ class _Run:
     def save(self, state: TrainState, step: int, tokens: int, metric: float | None) -> None:
         """Starts a checkpoint; a non-finite loss since the last check raises instead."""
         self.guard.check()
+        with self.clock.paused():
+            self._save(state, step, tokens, metric)
+
+    def _save(self, state: TrainState, step: int, tokens: int, metric: float | None) -> None:
         place = {"step": step, "tokens": tokens, "seconds": round(time.monotonic() - self.started, 1)}
         documents = {
             "meta": {**self.identity, **place, "seed": self.experiment.seed},
@@ -228,6 +235,16 @@ class _Run:
             "config": to_dict(self.experiment),
         }
         self.store.save(step, canonical.to_canonical(self.trainer, state), documents, metric=metric)
+
+    def _step(self, state: TrainState, batch: Microbatch, hyper: Hyperparameters) -> tuple[TrainState, StepMetrics]:
+        """Starts a step; where it is compiled for a new batch size first, that is no training time."""
+        shape = batch.tokens.shape
+        if shape in self.compiled:
+            return self.trainer.step(state, batch, hyper)
+        self.compiled.add(shape)
+        jax.block_until_ready(state)  # the steps that still run are training
+        with self.clock.paused():
+            return self.trainer.step(state, batch, hyper)
 
     def _hyperparameters(self, tokens: int) -> Hyperparameters:
         schedule = self.experiment.schedule
@@ -241,7 +258,7 @@ class _Run:
         """Waits for the step and writes what it measured."""
         self.guard.check()
         values = jax.device_get(metrics)
-        now = time.monotonic()
+        now = self.clock()
         rate = (tokens - logged[1]) / max(now - logged[0], 1e-9)
         scalars = {
             "loss": values.loss,
@@ -264,13 +281,17 @@ class _Run:
             shown["MaxVio"] = float(values.max_vio.mean())
         shown["MFU"] = scalars["mfu"]
         self.progress.report(step, tokens, shown)
-        return time.monotonic(), tokens
+        return self.clock(), tokens
 
     def _evaluate_if_due(self, state: TrainState, step: int, tokens: int, last: bool) -> _Judged:
         every = self.experiment.evaluation.every_steps
         if not last and not (every and step % every == 0):
             return _NOT_JUDGED
         self.guard.check()
+        with self.clock.paused():
+            return self._evaluate(state, step, tokens, last)
+
+    def _evaluate(self, state: TrainState, step: int, tokens: int, last: bool) -> _Judged:
         result = self.evaluator(state, complete=last)
         if result is None:
             return _NOT_JUDGED
@@ -283,7 +304,7 @@ class _Run:
             return _Judged(result.bits_per_byte, result.bits_per_byte)
         if not last:
             return _Judged(result.bits_per_byte, None)
-        partial = self.evaluator(state, complete=False) if every else None
+        partial = self.evaluator(state, complete=False) if self.experiment.evaluation.every_steps else None
         return _Judged(partial and partial.bits_per_byte, result.bits_per_byte)
 
     def _announce(self, step: int, tokens: int) -> None:

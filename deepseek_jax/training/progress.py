@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
@@ -29,6 +30,26 @@ def human_time(seconds: float) -> str:
         if total >= size:
             return f"{total // size}{unit}{total % size // small:02d}{small_unit}"
     return f"{total}s"
+
+
+class TrainingClock:
+    """Seconds of training alone: what passes within `paused()`, such as an evaluation, does not count."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._paused = 0.0
+
+    def __call__(self) -> float:
+        return self._clock() - self._paused
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out the time within; the device should have finished its steps before. Does not nest."""
+        begin = self._clock()
+        try:
+            yield
+        finally:
+            self._paused += self._clock() - begin
 
 
 class Progress:
@@ -68,7 +89,7 @@ class Progress:
         """Shows a logged step; `values` are scalars by name, in the order to show them, the loss first."""
         now, (then, tokens_then) = self._clock(), self._mark
         rate = (tokens - tokens_then) / max(now - then, 1e-9)
-        # The first interval holds the compilation, so the second replaces it; later ones are smoothed.
+        # The first interval holds the first step, which warms up, so the second replaces it; later ones are smoothed.
         self._rate = rate if self._reports < 2 else _SMOOTHING * rate + (1 - _SMOOTHING) * self._rate
         self._mark, self._reports = (now, tokens), self._reports + 1
         text = self._line(step, tokens, values, rate)

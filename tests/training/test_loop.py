@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import re
 import signal
 import threading
 import types
@@ -35,6 +37,7 @@ from deepseek_jax.training.checkpoint import CheckpointError, CheckpointStore
 from deepseek_jax.training.experiment import CheckpointConfig, EvaluationConfig, LoggingConfig
 from deepseek_jax.training.finish import HeldoutEvaluator
 from deepseek_jax.training.profiling import StepTrace
+from deepseek_jax.training.progress import TrainingClock
 from deepseek_jax.training.signals import StoppedAtOnce
 from deepseek_jax.training.stability import NonFiniteLossError
 from deepseek_jax.training.step import StepMetrics, Trainer
@@ -346,6 +349,45 @@ def test_checkpoints_are_compared_by_the_text_that_every_evaluation_reads(runs, 
     assert f"over {everything.bytes:,} bytes" in printed
 
 
+def test_rates_are_of_training_time_alone(runs, tmp_path, monkeypatch):
+    """A second per step; hours for what else a run does: compiling for 2 and for 4 rows, evaluations, checkpoints."""
+    time = [0.0]
+
+    def takes(seconds, owner, name):
+        real = getattr(owner, name)
+
+        def slow(*arguments, **settings):
+            time[0] += seconds(*arguments) if callable(seconds) else seconds
+            return real(*arguments, **settings)
+
+        monkeypatch.setattr(owner, name, slow)
+
+    seen = set()
+
+    def compilation(trainer, state, batch, hyper):
+        new = batch.tokens.shape not in seen
+        seen.add(batch.tokens.shape)
+        return 3600 * new
+
+    takes(1, loop._Run, "next_batch")
+    takes(compilation, Trainer, "step")
+    takes(3600, HeldoutEvaluator, "__call__")
+    takes(3600, CheckpointStore, "save")
+    monkeypatch.setattr(loop, "TrainingClock", lambda: TrainingClock(lambda: time[0]))
+    logging = LoggingConfig(every_steps=3, tensorboard=False)
+    _, printed = train(dataclasses.replace(runs.base, logging=logging), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["kind"] == "train"]
+    assert time[0] > 8 * 3600
+    then = {"step": 0, "tokens": 0}
+    for line in lines:
+        rate = (line["tokens"] - then["tokens"]) / (line["step"] - then["step"])
+        assert line["tokens_per_second"] == pytest.approx(rate), line["step"]
+        then = line
+    assert [line["step"] for line in lines] == [1, 3, 6, 9, 12, 15, 18, 20]
+    assert re.findall(r"eta (.*)$", printed, re.MULTILINE) == ["28s", "26s", "23s", "19s", "13s", "8s", "3s"]
+
+
 class Watched:
     """A value of a step; when somebody waits for it, it notes how many steps were started by then."""
 
@@ -362,8 +404,9 @@ class Watched:
 
 @pytest.mark.parametrize(("every", "waits"), [(4, [1, 4, 8, 10, 12]), (1000, [1, 10, 12])])
 def test_a_run_waits_for_the_device_only_where_it_logs_saves_or_stops(runs, tmp_path, monkeypatch, every, waits):
-    """Step 10 is saved, step 12 interrupted."""
+    """Step 10 is saved, step 12 interrupted; where a step is compiled, it waits for the one before."""
     started: list[int] = [0]
+    blocked_at: list[int] = []
     read_at: list[int] = []
     gets: list[int] = []
     real, real_get = Trainer.step, jax.device_get
@@ -381,7 +424,13 @@ def test_a_run_waits_for_the_device_only_where_it_logs_saves_or_stops(runs, tmp_
         return real_get(tree)
 
     monkeypatch.setattr(Trainer, "step", watched)
+
+    def block_until_ready(tree):
+        blocked_at.append(started[0])
+        return tree
+
     monkeypatch.setattr(jax, "device_get", device_get)
+    monkeypatch.setattr(jax, "block_until_ready", block_until_ready)
     config = dataclasses.replace(
         runs.base,
         logging=LoggingConfig(every_steps=every, tensorboard=False),
@@ -391,6 +440,7 @@ def test_a_run_waits_for_the_device_only_where_it_logs_saves_or_stops(runs, tmp_
     assert result.step == 12
     assert sorted(set(read_at)) == waits
     assert set(gets) <= set(waits)
+    assert sorted(set(blocked_at)) == [0, 8]
     assert [line["step"] for line in records(tmp_path, "train")] == [step for step in waits if step in (1, 4, 8, 12)][
         : None if every == 4 else 1
     ]

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from deepseek_jax.training.progress import Progress, human_count, human_time
+from deepseek_jax.training.progress import Progress, TrainingClock, human_count, human_time
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,17 @@ def test_plain_lines_without_a_terminal():
         "step 40/40 | loss 2 | 100 tok/s | 4k/4k tokens",
         "[saved] checkpoint",
     ]
+
+
+def test_a_training_clock_leaves_out_its_pauses():
+    time = [100.0]
+    clock = TrainingClock(lambda: time[0])
+    begin = clock()
+    time[0] += 3
+    with clock.paused():
+        time[0] += 50
+    time[0] += 4
+    assert clock() - begin == 7
 
 
 def test_a_resumed_run_counts_its_own_rate():
