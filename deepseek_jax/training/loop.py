@@ -315,6 +315,8 @@ class _Run:
             f"{self.flops_per_token / 1e6:,.1f} MFLOP per token, matmul peak {self.peak_flops / 1e9:,.0f} GFLOP/s; "
             f"{human_count(max(self.experiment.schedule.total_tokens - tokens, 0))} tokens to go"
         )
+        if mismatch := self.experiment.schedule.mismatch():
+            self.progress.log(f"warning: {mismatch}")
         if self.resume_step is not None:
             where = f"resumed from step {step}" if step else "no checkpoint yet, so from the beginning"
             self.progress.log(f"{where} ({self.store.directory})")

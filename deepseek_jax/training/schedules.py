@@ -39,6 +39,13 @@ class Curve:
         ends = [phase.until for phase in self.phases]
         require(ends == sorted(set(ends)), f"the phases of a curve must end one after another, not at {ends}")
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether it has the same value everywhere."""
+        first = self.phases[0]
+        begin = first.value if first.shape == "constant" else self.start
+        return all(phase.value == begin for phase in self.phases)
+
     def __call__(self, tokens: int) -> float:
         """The value after `tokens` tokens."""
         begin, value = 0, self.start
@@ -90,6 +97,20 @@ class ScheduleConfig:
         require(self.total_tokens > 0, f"schedule.total_tokens must be positive, not {self.total_tokens}")
         require(self.batch_multiple >= 1, f"schedule.batch_multiple must be at least 1, not {self.batch_multiple}")
         require(self.rows(0) >= 1, "schedule.batch_rows must be at least 1")
+
+    def mismatch(self) -> str | None:
+        """What it means that the learning rate's curve was made for another length than `total_tokens`, if it was."""
+        curve, total = self.learning_rate, self.total_tokens
+        end = curve.phases[-1].until
+        if end == total or curve.is_constant:
+            return None
+        last = f"{curve.phases[-1].value:.3g} x optimizer.peak_lr"
+        effect = f"stays at {last} from there on" if end < total else f"ends at {curve(total):.3g} x, not {last}"
+        return (
+            f"schedule.total_tokens is {total:,}, but the learning rate's curve is made for {end:,}: it {effect}; for "
+            f"the whole course in {total:,} write schedule=paper_schedule({total}, ...) in the recipe, or set "
+            "schedule.learning_rate.phases.N.until, and those of the other curves"
+        )
 
     def rows(self, tokens: int) -> int:
         """The batch size in sequences after `tokens` tokens."""

@@ -170,8 +170,10 @@ def test_a_finished_run_resumes_to_its_end(runs, whole):
 
 def test_more_tokens_go_on_from_the_last_checkpoint(runs, whole, resumed):
     longer = dataclasses.replace(runs.base.schedule, total_tokens=TOKENS + 2 * 4 * LENGTH)
-    result, _ = train(dataclasses.replace(runs.base, schedule=longer), resumed.folder, resume=True)
+    result, printed = train(dataclasses.replace(runs.base, schedule=longer), resumed.folder, resume=True)
     assert result.step == STEPS + 2
+    assert f"\nwarning: {longer.mismatch()}\nresumed from step 20" in printed
+    assert "warning" not in whole.printed + resumed.printed
     assert records(resumed.folder, "train")[:STEPS] == records(whole.folder, "train")
 
 

@@ -1,5 +1,6 @@
 """DeepSeek-V3's pre-training course in tokens (section 4.2)."""
 
+import dataclasses
 import math
 
 import pytest
@@ -62,6 +63,33 @@ def test_milestones_scale_with_the_run():
     assert [tiny.mtp_weight(t) for t in (9_999, 10_000)] == [0.3, 0.1]
     assert [tiny.bias_rate(t) for t in (14_299, 14_300)] == [0.001, 0.0]
     assert tiny.rows(0) == tiny.rows(14_000) == 8
+
+
+def test_a_length_that_its_learning_rate_was_not_made_for_is_told():
+    made = paper_schedule(800_000, warmup_tokens=40_000, rows=8)
+    assert made.mismatch() is None
+    assert dataclasses.replace(made, total_tokens=200_000).mismatch() == (
+        "schedule.total_tokens is 200,000, but the learning rate's curve is made for 800,000: it ends at 1 x, not "
+        "0.0332 x optimizer.peak_lr; for the whole course in 200,000 write schedule=paper_schedule(200000, ...) in the "
+        "recipe, or set schedule.learning_rate.phases.N.until, and those of the other curves"
+    )
+    longer = dataclasses.replace(made, total_tokens=900_000).mismatch()
+    assert longer is not None
+    assert "made for 800,000: it stays at 0.0332 x optimizer.peak_lr from there on; " in longer
+
+
+@pytest.mark.parametrize(
+    ("curve", "is_constant"),
+    [
+        (constant(1.0), True),
+        (Curve(phases=(Phase(until=50, value=1.0), Phase(until=70, value=1.0))), True),
+        (Curve(phases=(Phase(until=50, value=1.0, shape="linear"),)), False),
+        (stepped((50, 1.0), final=0.5), False),
+    ],
+)
+def test_a_constant_learning_rate_fits_every_length(curve, is_constant):
+    schedule = ScheduleConfig(total_tokens=100, learning_rate=curve, batch_rows=constant(1))
+    assert (schedule.mismatch() is None) == is_constant
 
 
 def test_pieces():
