@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
@@ -16,6 +17,7 @@ from deepseek_jax.config import ConfigError, require
 from deepseek_jax.paths import local_path
 
 JSONL_NAME = "metrics.jsonl"
+WANDB_ID_NAME = "wandb_id.txt"
 _RESERVED = ("step", "tokens", "kind")
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 """JSON has no such numbers; they are written as these strings."""
@@ -48,9 +50,10 @@ class MetricsWriter:
             return
         directory = Path(local_path(directory, "the folder of the metrics"))
         directory.mkdir(parents=True, exist_ok=True)
+        _require_own(directory / JSONL_NAME, resume_step)
         # What can be missing comes first: a run without its W&B must not leave an empty file behind.
         if wandb is not None:
-            self._sinks.append(_WandbSink(wandb, directory, config))
+            self._sinks.append(_WandbSink(wandb, directory, resume_step, config))
         self._sinks.append(_JsonlSink(directory / JSONL_NAME, resume_step))
         if tensorboard:
             self._sinks.append(_TensorBoardSink(directory / "tensorboard", resume_step))
@@ -115,10 +118,6 @@ class _JsonlSink:
     def __init__(self, path: Path, resume_step: int | None):
         if resume_step is not None and path.exists():
             _drop_after(path, resume_step)
-        require(
-            resume_step is not None or not path.exists() or path.stat().st_size == 0,
-            f"{path} holds another run's metrics; resume that run or use another folder",
-        )
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, step: int, tokens: int, kind: Kind, values: Mapping[str, Value]) -> None:
@@ -162,16 +161,19 @@ class _TensorBoardSink:
 
 
 class _WandbSink:
-    def __init__(self, project: str, directory: Path, config: Mapping[str, Any] | None):
+    def __init__(self, project: str, directory: Path, resume_step: int | None, config: Mapping[str, Any] | None):
         try:
             self._wandb = importlib.import_module("wandb")
         except ImportError:
             raise ConfigError(
                 "logging to Weights & Biases needs its package: pip install 'deepseek_jax[wandb]', or set it to none"
             ) from None
-        # The id ties a resumed run to the curve it continues.
-        run_id = "-".join(directory.resolve().parts[-2:]).replace(":", "-")
+        # The id ties a resumed run to the curve it continues; a fresh one never gets that of another run.
+        path = directory / WANDB_ID_NAME
+        resumed = resume_step is not None and path.exists()
+        run_id = path.read_text(encoding="utf-8").strip() if resumed else secrets.token_hex(8)
         self._run = self._wandb.init(project=project, dir=str(directory), id=run_id, resume="allow", config=config)
+        path.write_text(run_id + "\n", encoding="utf-8")
 
     def write(self, step: int, tokens: int, kind: Kind, values: Mapping[str, Value]) -> None:
         shown = {f"{kind}/{n}": self._wandb.Histogram(v) if isinstance(v, list) else v for n, v in values.items()}
@@ -188,6 +190,14 @@ def _is_first_process() -> bool:
     import jax  # reading metrics needs no jax
 
     return jax.process_index() == 0
+
+
+def _require_own(path: Path, resume_step: int | None) -> None:
+    """Raises `ConfigError` where a fresh run would append to the JSONL of another one."""
+    require(
+        resume_step is not None or not path.exists() or path.stat().st_size == 0,
+        f"{path} holds another run's metrics; resume that run or use another folder",
+    )
 
 
 def _drop_after(path: Path, step: int) -> None:

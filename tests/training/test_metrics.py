@@ -128,6 +128,31 @@ def test_wandb_gets_every_value(tmp_path, monkeypatch):
     assert end == "end"
 
 
+def test_only_a_resumed_run_has_the_wandb_id_of_another(tmp_path, monkeypatch):
+    begun = []
+    run = types.SimpleNamespace(log=lambda values, step: None, finish=lambda: None)
+    fake = types.SimpleNamespace(init=lambda **settings: begun.append(settings) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+
+    def begin(folder, resume_step=None):
+        with MetricsWriter(folder, tensorboard=False, wandb="project", resume_step=resume_step) as writer:
+            writer.write(1, {"loss": 1.0}, tokens=1)
+        return begun[-1]["id"]
+
+    first = begin(tmp_path / "run")
+    with pytest.raises(ConfigError, match="holds another run's metrics"):
+        begin(tmp_path / "run")
+    assert [begin(tmp_path / "run", resume_step=step) for step in (0, 4)] == [first, first]
+    (tmp_path / "run").rename(tmp_path / "old")
+    begin(tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    third = begin(tmp_path / "run")
+    begin(tmp_path / "unlogged", resume_step=4)
+    assert len({settings["id"] for settings in begun}) == 4
+    assert [begin(tmp_path / "old", resume_step=1), begin(tmp_path / "run", resume_step=1)] == [first, third]
+    assert {settings["resume"] for settings in begun} == {"allow"}
+
+
 def test_the_writer_refuses(tmp_path):
     with (
         MetricsWriter(tmp_path, tensorboard=False) as writer,
