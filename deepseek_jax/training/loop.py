@@ -90,7 +90,7 @@ def train(
 
     Raises:
       ConfigError, DataError, CheckpointError: before any training, in the user's terms.
-      NonFiniteLossError: a loss or gradient was not finite; its batch is saved, no checkpoint is.
+      NonFiniteLossError: a loss, gradient or weight was not finite; its batch is saved, no checkpoint is.
       StoppedAtOnce: a second signal came.
     """
     started = time.monotonic()
@@ -222,9 +222,10 @@ class _Run:
         return _Batch(on_host, device, rows, rows * self.experiment.data.sequence_length, is_last)
 
     def save(self, state: TrainState, step: int, tokens: int, metric: float | None) -> None:
-        """Starts a checkpoint; a non-finite loss since the last check raises instead."""
+        """Starts a checkpoint; a non-finite loss since the last check, or a non-finite state, raises instead."""
         self.guard.check()
         with self.clock.paused():
+            self.guard.check_state(state)
             self._save(state, step, tokens, metric)
 
     def _save(self, state: TrainState, step: int, tokens: int, metric: float | None) -> None:

@@ -313,6 +313,20 @@ def test_neither_a_checkpoint_nor_an_evaluation_is_made_of_it(runs, due, tmp_pat
     assert records(tmp_path, "eval") == []
 
 
+def test_weights_that_are_not_finite_are_never_saved(runs, tmp_path):
+    """Step 6 is saved and its own loss is fine."""
+
+    def poison(state):
+        head = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(np.inf), state.params["head"])
+        return dataclasses.replace(state, params={**state.params, "head": head})
+
+    config = dataclasses.replace(runs.base, checkpoint=CheckpointConfig(every_steps=3))
+    with after_step(6, poison), pytest.raises(NonFiniteLossError, match=r"^step 6: params.head.* not finite after it"):
+        train(config, tmp_path)
+    assert checkpoints(tmp_path) == [3]
+    assert (tmp_path / "nonfinite_step_6.npz").exists()
+
+
 # --- evaluation and logging -----------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from etils import epath
 
 from deepseek_jax.model.targets import Microbatch
 from deepseek_jax.training.stability import NonFiniteGuard, NonFiniteLossError
-from deepseek_jax.training.step import StepMetrics
+from deepseek_jax.training.step import StepMetrics, TrainState
 from experiments.run import is_user_error
 
 NAN, INF = float("nan"), float("inf")
@@ -73,6 +73,35 @@ def test_the_first_bad_step_is_named_and_its_batch_saved(guard, tmp_path, bad, m
     for name, array in batch(2)._asdict().items():
         np.testing.assert_array_equal(saved[name], array)
         assert saved[name].dtype == np.int32
+
+
+def state(weight=1.0, moment=1.0) -> TrainState:
+    """Parameters, biases and moments, of which the numbers stand somewhere in the middle."""
+    array = lambda x, dtype=jnp.float32: jnp.ones((2, 5), dtype).at[1, 2].set(x)  # noqa: E731
+    moments = {"mu": {"w": array(moment, jnp.bfloat16)}, "count": jnp.int32(3)}
+    params = {"head": {"w": array(1.0)}, "dense": {"w": array(weight)}}
+    return TrainState(params, {"router": array(0.0)}, moments, jnp.int32(3))
+
+
+@pytest.mark.parametrize(
+    ("bad", "what"),
+    [
+        ({"weight": NAN}, "params.dense.w not finite after it"),
+        ({"weight": -INF}, "params.dense.w not finite after it"),
+        ({"moment": INF}, "opt_state.mu.w not finite after it"),
+        ({"weight": INF, "moment": NAN}, "params.dense.w and 1 more not finite after it"),
+    ],
+)
+def test_a_state_that_is_not_finite_is_the_fault_of_the_latest_step(guard, tmp_path, bad, what):
+    for step in (1, 2):
+        guard.watch(step, metrics(), batch(step))
+    guard.check()
+    guard.check_state(state(weight=3e38))
+    with pytest.raises(NonFiniteLossError) as error:
+        guard.check_state(state(**bad))
+    path = tmp_path / "nonfinite_step_2.npz"
+    assert str(error.value).startswith(f"step 2: {what}; its batch is saved in {path}, the checkpoints before it are ")
+    np.testing.assert_array_equal(np.load(path)["tokens"], batch(2).tokens)
 
 
 def test_each_host_saves_its_own_rows(guard, tmp_path, monkeypatch):
