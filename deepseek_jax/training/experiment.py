@@ -45,7 +45,7 @@ class CheckpointConfig:
     """Save every so many steps; the end of a run, and SIGINT or SIGTERM, save as well."""
     keep_last: int = 3
     keep_best: int = 1
-    """Checkpoints of lowest held-out bits per byte to keep besides the last ones."""
+    """Checkpoints of lowest held-out bits per byte to keep besides the last ones; `evaluation.every_steps` measures."""
     directory: str | None = None
     """Where checkpoints go; none: `checkpoints` in the run's folder. Local, gs://… or s3://…"""
 

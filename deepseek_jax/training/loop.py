@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import time
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -173,7 +173,7 @@ class _Run:
     def steps(self, state: TrainState, step: int, tokens: int, signals: Signals, trace: StepTrace):
         """Steps until the tokens are spent, the data ends or a signal comes; returns the state and where it is."""
         experiment, schedule = self.experiment, self.experiment.schedule
-        judged, logged = _NOT_JUDGED, (self.clock(), tokens)
+        metric, heldout, logged = None, None, (self.clock(), tokens)
         last = tokens >= schedule.total_tokens
         self.progress = Progress(schedule.total_tokens, start_tokens=tokens, clock=self.clock)
         with self.progress:
@@ -192,12 +192,13 @@ class _Run:
                 last = tokens >= schedule.total_tokens or batch.is_last
                 if step % experiment.logging.every_steps == 0 or last or step == 1:
                     logged = self._log(step, tokens, metrics, hyper, batch, logged)
-                judged = self._evaluate_if_due(state, step, tokens, last)
-                if step % experiment.checkpoint.every_steps == 0 and not last:
-                    self.save(state, step, tokens, judged.metric)
-            self.guard.check()
+                metric = self._metric_if_due(state, step, tokens, last)
+                if step % experiment.checkpoint.every_steps == 0 or last:
+                    self.save(state, step, tokens, metric)
+                if last:  # beside the writing, so that what kills a run in a long evaluation finds its end saved
+                    heldout = self._evaluate_all(state, step, tokens, metric)
             if self.store.latest_step() != step and step > 0:
-                self.save(state, step, tokens, judged.metric)
+                self.save(state, step, tokens, metric)
             if signals.received is not None:
                 self.store.wait()
                 done = f"saved step {step} ({human_count(tokens)} tokens) to {self.store.directory}"
@@ -205,7 +206,7 @@ class _Run:
             elif tokens < schedule.total_tokens:
                 ended = f"the data ended after {human_count(tokens)} of {human_count(schedule.total_tokens)} tokens"
                 self.progress.log(f"{ended}: data.epochs is {experiment.data.epochs}")
-        return state, step, tokens, judged.complete
+        return state, step, tokens, heldout
 
     def next_batch(self, rows: int) -> _Batch:
         """The next `rows` sequences on the devices, padded with empty ones to what the mesh and microbatches need."""
@@ -284,29 +285,36 @@ class _Run:
         self.progress.report(step, tokens, shown)
         return self.clock(), tokens
 
-    def _evaluate_if_due(self, state: TrainState, step: int, tokens: int, last: bool) -> _Judged:
-        every = self.experiment.evaluation.every_steps
-        if not last and not (every and step % every == 0):
-            return _NOT_JUDGED
+    def _metric_if_due(self, state: TrainState, step: int, tokens: int, last: bool) -> float | None:
+        """Held-out bits per byte on the text of every evaluation, where due: what checkpoints are compared by."""
+        evaluation = self.experiment.evaluation
+        if not evaluation.every_steps or not (last or step % evaluation.every_steps == 0):
+            return None
+        is_all = evaluation.max_bytes is None  # if not, the last step shows its complete evaluation
+        return self._evaluate(state, step, tokens, complete=False, show=is_all or not last)
+
+    def _evaluate_all(self, state: TrainState, step: int, tokens: int, metric: float | None) -> float | None:
+        """Bits per byte on all held-out text; `metric` is that already where evaluations read no less."""
+        if metric is not None and self.experiment.evaluation.max_bytes is None:
+            return metric
+        return self._evaluate(state, step, tokens, complete=True)
+
+    def _evaluate(
+        self, state: TrainState, step: int, tokens: int, *, complete: bool, show: bool = True
+    ) -> float | None:
+        """Held-out bits per byte; shown, and written as the step's, unless `show` is off."""
         self.guard.check()
         with self.clock.paused():
-            return self._evaluate(state, step, tokens, last)
-
-    def _evaluate(self, state: TrainState, step: int, tokens: int, last: bool) -> _Judged:
-        result = self.evaluator(state, complete=last)
-        if result is None:
-            return _NOT_JUDGED
-        values = {"heldout_bits_per_byte": result.bits_per_byte, "heldout_loss": result.loss}
-        self.writer.write(step, values, tokens=tokens, kind="eval")
-        self.progress.log(
-            f"step {step} | held-out {result.bits_per_byte:.4f} bits per byte over {result.bytes:,} bytes"
-        )
-        if self.experiment.evaluation.max_bytes is None:
-            return _Judged(result.bits_per_byte, result.bits_per_byte)
-        if not last:
-            return _Judged(result.bits_per_byte, None)
-        partial = self.evaluator(state, complete=False) if self.experiment.evaluation.every_steps else None
-        return _Judged(partial and partial.bits_per_byte, result.bits_per_byte)
+            result = self.evaluator(state, complete=complete)
+            if result is None:
+                return None
+            if show:
+                values = {"heldout_bits_per_byte": result.bits_per_byte, "heldout_loss": result.loss}
+                self.writer.write(step, values, tokens=tokens, kind="eval")
+                self.progress.log(
+                    f"step {step} | held-out {result.bits_per_byte:.4f} bits per byte over {result.bytes:,} bytes"
+                )
+            return result.bits_per_byte
 
     def _announce(self, step: int, tokens: int) -> None:
         device = jax.devices()[0]
@@ -331,18 +339,6 @@ class _Batch:
     tokens: int
     is_last: bool
     """Whether the data has no row left."""
-
-
-class _Judged(NamedTuple):
-    """Held-out bits per byte after a step, where they were measured."""
-
-    metric: float | None
-    """On the text that every evaluation reads: what checkpoints are compared by."""
-    complete: float | None
-    """On all held-out text."""
-
-
-_NOT_JUDGED = _Judged(None, None)
 
 
 def use_compile_cache(directory: str | None = None, *, exact_names: bool = False) -> None:

@@ -404,6 +404,25 @@ def test_rates_are_of_training_time_alone(runs, tmp_path, monkeypatch):
     assert re.findall(r"eta (.*)$", printed, re.MULTILINE) == ["28s", "26s", "23s", "19s", "13s", "8s", "3s"]
 
 
+@pytest.mark.parametrize(("every", "metric"), [(0, False), (10, True)])
+def test_the_end_is_saved_before_all_held_out_text_is_read(runs, tmp_path, monkeypatch, every, metric):
+    """Where checkpoints are compared by a part of it, only that part is read first."""
+    real = HeldoutEvaluator.__call__
+
+    def killed(self, state, *, complete):
+        if complete:
+            raise PowerCutError
+        return real(self, state, complete=complete)
+
+    evaluation = EvaluationConfig(batch_rows=4, every_steps=every, max_bytes=100 if every else None)
+    config = dataclasses.replace(runs.base, evaluation=evaluation)
+    monkeypatch.setattr(HeldoutEvaluator, "__call__", killed)
+    with pytest.raises(PowerCutError):
+        train(config, tmp_path)
+    assert checkpoints(tmp_path) == [10, 20]
+    assert (CheckpointStore(tmp_path / "checkpoints").metric(20) is not None) == metric
+
+
 class Watched:
     """A value of a step; when somebody waits for it, it notes how many steps were started by then."""
 
