@@ -293,9 +293,12 @@ def keep_freed_memory() -> None:
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Whether the message is for the user: the library's own errors are, and a disk's; any other is a bug to trace."""
+    """Whether the message is for the user: the library's own errors are, a disk's, and those of a file where a folder
+    should be or the other way round; any other is a bug to trace.
+    """
     ours = ("deepseek_jax", "pallas_kernels")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+    disk, path = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS), (errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+    if isinstance(error, OSError) and error.errno in (*disk, *path):
         return True
     return isinstance(error, UsageError) or any(cls.__module__.partition(".")[0] in ours for cls in type(error).__mro__)
 

@@ -212,6 +212,27 @@ def test_an_error_of_the_run_exits_with_1(calls, capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda file: (file / "x").mkdir(), "Not a directory: '{file}/x'"),
+        (lambda file: file.mkdir(), "File exists: '{file}'"),
+        (lambda file: file.parent.read_text(), "Is a directory: '{folder}'"),
+    ],
+)
+def test_a_file_in_the_place_of_a_folder_is_one_line(calls, capsys, tmp_path, use, message):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(OSError, match="Errno") as raised:
+        use(file)
+    calls.result.status = raised.value
+    code, error = refused(capsys, "fake_recipes.small", "--workdir", "w")
+    assert code == 1
+    assert error.endswith(message.format(file=file, folder=tmp_path))
+    code, error = refused(capsys, "--config", "file/config.json", "--workdir", "w")
+    assert (code, error) == (2, "error: [Errno 20] Not a directory: 'file/config.json'")
+
+
 @pytest.mark.parametrize("bug", [ValueError("inside"), TypeError("inside"), KeyError("inside")])
 def test_a_bug_keeps_its_traceback(calls, bug):
     calls.result.status = bug
