@@ -27,7 +27,7 @@ _SOURCE = flags.DEFINE_enum("source", "text", ["text", "jsonl", "parquet", "stdl
 _PATH = flags.DEFINE_string("path", "", "The corpus: a folder; for jsonl and parquet also a file or a glob.")
 _GLOB = flags.DEFINE_string("glob", "**/*", "text: which files of the folder.")
 _FIELD = flags.DEFINE_string("field", "text", "jsonl, parquet: the field or column that holds the text.")
-_ON_ERROR = flags.DEFINE_enum("on_error", "raise", ["raise", "skip"], "jsonl, parquet: what to do with broken records.")
+_ON_ERROR = flags.DEFINE_enum("on_error", "raise", ["raise", "skip"], "What to do with broken records or text files.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "A tokenizer.json; without it one is trained on the corpus.")
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 4096, "Size of a tokenizer that is trained.")
 _OUTPUT = flags.DEFINE_string("output", None, "The folder to write; it must not exist.", required=True)
@@ -58,7 +58,7 @@ def _batches(documents: Iterable[Document], size: int) -> Iterator[list[Document
 def _source() -> Source:
     match _SOURCE.value:
         case "text":
-            return TextFiles(path=_PATH.value, glob=_GLOB.value)
+            return TextFiles(path=_PATH.value, glob=_GLOB.value, on_error=_ON_ERROR.value)
         case "jsonl":
             return Jsonl(path=_PATH.value, field=_FIELD.value, on_error=_ON_ERROR.value)
         case "parquet":

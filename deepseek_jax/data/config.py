@@ -38,11 +38,21 @@ class Source:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextFiles(Source):
-    """A folder of text or code files, one document per file. Documents are identified by their relative path."""
+    """A folder of text or code files, one document per file. Documents are identified by their relative path.
+
+    Every file is read once when the source is opened, so that invalid UTF-8 is found before training. That takes time
+    in proportion to the folder's size: tokenize a very large one once, with `tools/tokenize_corpus.py`.
+    """
 
     path: str
     glob: str = "**/*"
     """Which files of the folder to read. Hidden files and folders are passed over, and so are empty files."""
+    on_error: OnError = "raise"
+    """What to do with a file that is not valid UTF-8: stop, or leave it out and say how many."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_on_error(self.on_error)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

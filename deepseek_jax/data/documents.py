@@ -81,8 +81,7 @@ def decode_utf8(data: bytes, where: str, offset: int = 0) -> str:
     except UnicodeDecodeError as error:
         position = offset + error.start
         raise DataError(
-            f"{where}: invalid UTF-8 at byte offset {position} (0x{data[error.start]:02x}); "
-            "convert the file, or leave it out"
+            f"{where}: invalid UTF-8 at byte offset {position} (0x{data[error.start]:02x}); convert the file to UTF-8"
         ) from None
 
 

@@ -127,7 +127,7 @@ class RowIterator:
             if saved != value:
                 raise DataError(
                     f"the saved data state is of another run: {name} was {saved} and is now {value}; "
-                    "set it back, or start without the data state"
+                    "set it back, or begin a new run in another folder"
                 )
         missing = [shard for shard in self._iterators if str(shard) not in state["shards"]]
         if missing:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from etils import epath
 
 from deepseek_jax.data.array_record import open_array_record
-from deepseek_jax.data.config import ArrayRecord, Jsonl, Parquet, Source, StandardLibrary, TextFiles
+from deepseek_jax.data.config import ArrayRecord, Jsonl, OnError, Parquet, Source, StandardLibrary, TextFiles
 from deepseek_jax.data.documents import Document, Documents, SkipCounter, decode_utf8, digests_of, list_files
 from deepseek_jax.data.errors import DataError
 from deepseek_jax.data.jsonl import iterate_jsonl, open_jsonl
@@ -25,9 +25,9 @@ def open_documents(source: Source) -> Documents:
     documents: Documents
     match source:
         case StandardLibrary():
-            documents = _Files("the standard library", _standard_library())
+            documents = _open_files("the standard library", _standard_library(), "skip")
         case TextFiles():
-            documents = _Files(source.path, list_files(source.path, (source.glob,)))
+            documents = _open_files(source.path, list_files(source.path, (source.glob,)), source.on_error)
         case Jsonl():
             documents = open_jsonl(source)
         case Parquet():
@@ -52,34 +52,46 @@ def stream_documents(source: Source) -> Iterator[Document]:
         yield from (documents[i] for i in range(len(documents)))
 
 
-class _Files(Documents):
-    """One document per file, read when asked for."""
+def _open_files(name: str, files: list[tuple[str, epath.Path]], on_error: OnError) -> Documents:
+    skips = SkipCounter(on_error)
+    documents = _Files(name, files, skips)
+    skips.report(name)
+    return documents
 
-    def __init__(self, name: str, files: list[tuple[str, epath.Path]]):
+
+class _Files(Documents):
+    """One document per file, read when asked for, and once before, so that errors come early."""
+
+    def __init__(self, name: str, files: list[tuple[str, epath.Path]], skips: SkipCounter):
         self.name = name
-        sizes = [_size(path) for _, path in files]
-        self._files = [file for file, size in zip(files, sizes, strict=True) if size]
+        self._files = []
+        self.total_bytes = 0
+        for file in files:
+            data = _read(file[1])
+            try:
+                decode_utf8(data, str(file[1]))
+            except DataError as error:
+                skips.broken(str(error))
+            else:
+                if data:
+                    self._files.append(file)
+                    self.total_bytes += len(data)
         self.digests = digests_of(name for name, _ in self._files)
-        self.total_bytes = sum(sizes)
 
     def __getitem__(self, index: int) -> Document:
         name, path = self._files[index]
+        data = _read(path)
         try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise _unreadable(path, error) from None
-        return Document(name, decode_utf8(data, str(path)))
+            return Document(name, decode_utf8(data, str(path)))
+        except DataError as error:
+            raise DataError(f"{path}: the file is not what it was when the run began; was it changed?") from error
 
 
-def _size(path: epath.Path) -> int:
+def _read(path: epath.Path) -> bytes:
     try:
-        return path.stat().length
+        return path.read_bytes()
     except OSError as error:
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: epath.Path, error: OSError) -> DataError:
-    return DataError(f"{path}: cannot be read ({error.strerror or error})")
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def _standard_library() -> list[tuple[str, epath.Path]]:

@@ -103,8 +103,11 @@ def test_sources_without_text(tmp_path):
 
 def test_invalid_utf8_names_file_and_offset(tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"fine \xff\xfe")
-    with pytest.raises(DataError, match=r"bad\.txt: invalid UTF-8 at byte offset 5 \(0xff\)"):
-        documents(TextFiles(path=tmp_path))
+    with pytest.raises(
+        DataError,
+        match=r"bad\.txt: invalid UTF-8 at byte offset 5 \(0xff\); convert the file to UTF-8; on_error=skip",
+    ):
+        open_documents(TextFiles(path=tmp_path))
     (tmp_path / "bad.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
     with pytest.raises(DataError, match=r"bad\.jsonl:2: invalid UTF-8 at byte offset 24 \(0xff\)"):
         open_documents(Jsonl(path=tmp_path))
@@ -129,6 +132,17 @@ def test_broken_line_names_file_and_line_or_is_counted(tmp_path, line, message, 
     skipping = Jsonl(path=tmp_path, on_error="skip")
     assert documents(skipping) == [("bad.jsonl:1", "a"), ("bad.jsonl:3", "c")]
     assert "left out 1 broken documents, the first: " in caplog.text
+
+
+def test_a_text_file_that_is_no_utf8_is_left_out_and_counted(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("größer", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("größer", encoding="latin-1")
+    (tmp_path / "c.txt").write_text("c")
+    source = TextFiles(path=tmp_path, on_error="skip")
+    assert documents(source) == [("a.txt", "größer"), ("c.txt", "c")]
+    assert open_documents(source).total_bytes == len("größerc".encode())
+    assert "left out 1 broken documents, the first: " in caplog.text
+    assert "b.txt: invalid UTF-8 at byte offset 2 (0xf6)" in caplog.text
 
 
 def test_jsonl_that_changes_under_a_run(tmp_path):
@@ -195,6 +209,7 @@ def test_parquet_with_invalid_utf8(tmp_path):
         (lambda: DataConfig(epochs=2, sources=(TextFiles(path="a"), TextFiles(path="b"))), "has no meaning for a wei"),
         (lambda: TextFiles(path="a", weight=0), "weight of a TextFiles must be positive"),
         (lambda: TextFiles(path=""), "a TextFiles needs a path"),
+        (lambda: TextFiles(path="a", on_error="ignore"), "on_error of a TextFiles must be raise or skip"),
         (lambda: Jsonl(path="a", on_error="ignore"), "on_error of a Jsonl must be raise or skip, not 'ignore'"),
     ],
 )
