@@ -47,12 +47,19 @@ def _columns(path: epath.Path, file, column: str) -> Iterator[list[str | None]]:
         if column not in schema.names:
             raise DataError(f"{path}: no column {column!r} (it has: {', '.join(schema.names)})")
         kind = schema.field(column).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        if not _is_text(kind):
             raise DataError(f"{path}: column {column!r} holds {kind}, not text")
         for group in range(table.num_row_groups):
-            yield table.read_row_group(group, columns=[column]).column(0).to_pylist()
+            yield table.read_row_group(group, columns=[column]).column(0).cast(pa.large_string()).to_pylist()
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: column {column!r} holds invalid UTF-8 ({error.reason})") from None
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path}: the Parquet file is damaged or cut short ({reason}); fetch it again") from None
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """Whether a column holds strings, in any of Arrow's forms: plain, as views, or as numbers of a dictionary."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)

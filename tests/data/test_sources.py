@@ -85,6 +85,25 @@ def test_the_size_of_a_source_is_in_bytes(tmp_path):
         assert open_documents(source).total_bytes == expected, source
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())],
+    ids=["large", "view", "dictionary"],
+)
+def test_parquet_takes_every_form_of_text(tmp_path, kind):
+    column = pa.array([*TEXTS, TEXTS[0]]).cast(kind)
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet", row_group_size=2)
+    assert pq.read_schema(tmp_path / "a.parquet").field("text").type == kind
+    assert [text for _, text in documents(Parquet(path=tmp_path))] == [TEXTS[0], TEXTS[1], TEXTS[3], TEXTS[0]]
+
+
+def test_parquet_refuses_a_dictionary_of_bytes(tmp_path):
+    column = pa.array([b"7", b"8", b"7"]).dictionary_encode()
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"column 'text' holds dictionary<.*>, not text$"):
+        open_documents(Parquet(path=tmp_path))
+
+
 @pytest.mark.parametrize("source", [TextFiles, Jsonl, Parquet])
 def test_missing_and_empty_sources(tmp_path, source):
     with pytest.raises(DataError, match=r"nowhere: no such file or folder$"):
