@@ -151,12 +151,11 @@ def _profile_steps(text: str | None) -> tuple[int, int] | None:
 
 def _check_workdir(workdir: str, experiment: Any, *, resume: bool) -> None:
     """Refuses to start over in a run's folder; says what a resumed run changes of its config."""
-    from etils import epath
-
     from deepseek_jax.config import ConfigError
     from deepseek_jax.config_io import diff
+    from deepseek_jax.paths import local_path
 
-    folder = epath.Path(workdir)
+    folder = local_path(workdir, "the workdir")
     found = [name for name in _RUN_MARKS if (folder / name).exists()]
     if found and not resume:
         raise UsageError(

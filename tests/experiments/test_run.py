@@ -192,6 +192,14 @@ def test_what_cannot_be_carried_out_is_one_line(calls, capsys, argv, message):
     assert calls.recorded == []
 
 
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_a_workdir_in_the_cloud_is_refused(calls, capsys, more):
+    error = "error: the workdir must be on a local or mounted disk, which gs://bucket/run is not"
+    code, printed = refused(capsys, "fake_recipes.small", "--workdir", "gs://bucket/run", *more)[:2]
+    assert (code, printed.strip()) == (2, error)
+    assert calls.recorded == []
+
+
 @pytest.mark.parametrize("mark", ["config.json", "metrics.jsonl", "checkpoints"])
 def test_a_run_is_not_started_over(calls, capsys, tmp_path, mark):
     (tmp_path / "w").mkdir()
