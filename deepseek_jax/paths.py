@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import tempfile
+from pathlib import Path
 
 from etils import epath
 
-from deepseek_jax.config import require
+from deepseek_jax.config import ConfigError, require
 
 # Cloud scheme -> (modules of which etils needs one, our extra that installs it).
 _BACKENDS = {"gs": (("gcsfs", "tensorflow"), "gcs"), "s3": (("s3fs", "tensorflow"), "s3")}
@@ -38,3 +40,31 @@ def local_path(path: epath.PathLike, what: str) -> epath.Path:
     """Like `user_path`, for what is appended to or read by C++: raises `ConfigError` if `path` is in the cloud."""
     require("://" not in str(path), f"{what} must be on a local or mounted disk, which {path} is not")
     return user_path(path, what)
+
+
+def check_writable(folder: epath.PathLike, what: str) -> None:
+    """Raises `ConfigError` unless files can be made in `folder`, or it in the nearest folder above that exists.
+
+    Tried with a folder that is gone again at once, because permissions alone do not tell: root has all of them. What
+    is in the cloud is taken on trust.
+    """
+    if "://" in str(folder):
+        return
+    there = Path(folder).absolute()
+    try:
+        while not _is_there(there):
+            there = there.parent
+        require(there.is_dir(), f"{what} cannot be at {folder}: {there} is not a folder; choose another place")
+        tempfile.TemporaryDirectory(prefix=".deepseek_jax.", dir=there).cleanup()
+    except OSError as error:
+        reason = f"{there} takes no file ({error.strerror or error})"
+        raise ConfigError(f"{what} cannot be at {folder}: {reason}; choose another place") from None
+
+
+def _is_there(path: Path) -> bool:
+    """Whether anything has this name, be it a link that leads nowhere."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True

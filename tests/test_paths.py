@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,10 @@ from deepseek_jax.config import ConfigError, ModelConfig
 from deepseek_jax.config_io import load_config, save_config
 from deepseek_jax.data import ArrayRecord, Jsonl, Parquet, TextFiles, Tokenizer
 from deepseek_jax.data.sources import open_documents
-from deepseek_jax.paths import local_path, user_path
+from deepseek_jax.paths import check_writable, local_path, user_path
+from deepseek_jax.training import loop
 from deepseek_jax.training.checkpoint import CheckpointStore
+from deepseek_jax.training.experiment import CheckpointConfig
 from deepseek_jax.training.loop import train
 from deepseek_jax.training.metrics import MetricsWriter
 from experiments import tiny
@@ -78,3 +82,65 @@ def test_what_may_be_in_the_cloud_says_what_it_needs(no_backend, use, what):
 def test_what_must_be_local_says_so(use, what):
     with pytest.raises(ConfigError, match=rf"^{what} must be on a local or mounted disk, which gs://bucket/a is not$"):
         use("gs://bucket/a")
+
+
+# --- folders to write to --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", [".", "a", "a/b/c", "there", "there/a"])
+def test_a_folder_that_takes_files_passes_and_nothing_of_the_trial_stays(tmp_path, folder):
+    (tmp_path / "there").mkdir()
+    check_writable(tmp_path / folder, "the workdir")
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+
+@pytest.mark.parametrize("folder", ["file", "file/a/b", "link", "link/a"])
+def test_a_file_or_a_broken_link_in_the_place_of_a_folder_is_named(tmp_path, folder):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(ConfigError) as error:
+        check_writable(tmp_path / folder, "the workdir")
+    assert str(error.value) == (
+        f"the workdir cannot be at {tmp_path / folder}: {tmp_path / folder.split('/')[0]} is not a folder; "
+        "choose another place"
+    )
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_folder_that_takes_no_file_says_why(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"takes no file \(File name too long\)"):
+        check_writable(tmp_path / ("long" * 99), "the checkpoint folder")
+
+    def read_only(*arguments, **settings):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("os.mkdir", read_only)
+    with pytest.raises(ConfigError) as error:
+        check_writable(tmp_path / "a/b", "the checkpoint folder")
+    assert str(error.value) == (
+        f"the checkpoint folder cannot be at {tmp_path}/a/b: {tmp_path} takes no file (Read-only file system); "
+        "choose another place"
+    )
+
+
+@pytest.mark.parametrize(
+    ("workdir", "checkpoints", "message"),
+    [
+        ("file/run", None, "the workdir cannot be at {0}/file/run: {0}/file is not a folder"),
+        ("run", "file/x", "the checkpoint folder cannot be at {0}/file/x: {0}/file is not a folder"),
+    ],
+)
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_tries_its_folders_before_it_reads_or_computes_anything(
+    tmp_path, monkeypatch, workdir, checkpoints, message, resume
+):
+    def too_late(*arguments, **settings):
+        raise AssertionError("the data was read first")
+
+    monkeypatch.setattr(loop, "make_tokenizer", too_late)
+    (tmp_path / "file").touch()
+    directory = checkpoints and str(tmp_path / checkpoints)
+    experiment = dataclasses.replace(tiny.pretrain(), checkpoint=CheckpointConfig(directory=directory))
+    with pytest.raises(ConfigError, match=f"^{message.format(tmp_path)}; choose another place$"):
+        train(experiment, workdir=str(tmp_path / workdir), resume=resume)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

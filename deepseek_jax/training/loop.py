@@ -22,7 +22,7 @@ from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.placement import place
 from deepseek_jax.parallel.sharding import BATCH_SPEC
-from deepseek_jax.paths import local_path, user_path
+from deepseek_jax.paths import check_writable, local_path, user_path
 from deepseek_jax.planning.flops import training_flops_per_token
 from deepseek_jax.training import canonical
 from deepseek_jax.training.checkpoint import CheckpointStore, check_compatible
@@ -104,6 +104,8 @@ def train(
         keep_last=experiment.checkpoint.keep_last,
         keep_best=experiment.checkpoint.keep_best,
     )
+    check_writable(folder, "the workdir")
+    check_writable(store.directory, "the checkpoint folder")
     if not resume:
         _require_new(folder, store)
 
