@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from absl import app
 
+from deepseek_jax.config import ConfigError
 from deepseek_jax.evaluation.report import ReportError, write_report
 
 
@@ -18,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         for folder in argv[1:]:
             print(write_report(folder))
-    except ReportError as error:
+    except (ReportError, ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -15,6 +15,7 @@ from typing import Any
 from etils import epath
 
 from deepseek_jax.evaluation import report_plots as plots
+from deepseek_jax.paths import user_path
 
 FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "result.json")
 REPORT_NAME = "report.html"
@@ -29,8 +30,9 @@ def write_report(run_dir: epath.PathLike) -> epath.Path:
 
     Raises:
       ReportError: the folder does not exist or holds none of the files that a run writes.
+      ConfigError: the backend of a cloud path is not installed.
     """
-    folder = epath.Path(run_dir)
+    folder = user_path(run_dir, "the run")
     if not folder.is_dir():
         raise ReportError(f"no run to report on: {folder} is not a folder")
     if not any((folder / name).exists() for name in FILES):

@@ -221,3 +221,24 @@ def test_the_command_line(tmp_path, capsys):
     assert "is not a folder" in capsys.readouterr().err
     assert tool.main(["report"]) == 2
     assert "usage" in capsys.readouterr().err
+
+
+def test_the_command_says_in_one_line_what_it_cannot_do(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    run = make_run(tmp_path / "run")
+    (run / "report.html").mkdir()
+    for path, message in (
+        ("gs://bucket/run", "error: the run at gs://bucket/run needs gcsfs, which is not installed: pip install"),
+        ("ftp://host/run", "error: the run cannot be at ftp://host/run: use a local path, gs://… or s3://…"),
+        (str(run), f"error: [Errno 21] Is a directory: '{run}/report.html'"),
+    ):
+        assert tool.main(["report", path]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(message)
+
+
+def test_a_run_may_be_named_from_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_run(tmp_path / "run")
+    assert tool.main(["report", "~/run"]) == 0
+    assert (tmp_path / "run" / "report.html").exists()
