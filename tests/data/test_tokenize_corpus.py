@@ -121,11 +121,12 @@ def test_a_damaged_corpus_is_an_error(corpus, config, tmp_path, damage):
         heldout_documents(dataclasses.replace(config, sources=(ArrayRecord(path=target),)))
 
 
-def test_command_line(folder, tmp_path):
-    def run(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "tools.tokenize_corpus", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "tools.tokenize_corpus", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
+
+def test_command_line(folder, tmp_path):
     done = run(f"--path={folder}", "--vocab_size=300", f"--output={tmp_path / 'out'}", "--shards=2")
     assert done.returncode == 0, done.stderr
     assert "60 documents" in done.stdout
@@ -133,3 +134,23 @@ def test_command_line(folder, tmp_path):
     failed = run(f"--path={folder / 'nowhere'}", f"--output={tmp_path / 'out2'}")
     assert failed.returncode == 1
     assert failed.stderr.strip() == f"tokenize_corpus: {folder / 'nowhere'}: no such file or folder"
+
+
+def test_the_command_line_leaves_broken_text_files_out_if_asked(tmp_path):
+    texts, output = tmp_path / "texts", tmp_path / "out"
+    texts.mkdir()
+    for number in range(60):
+        (texts / f"{number}.txt").write_text(f"document {number}\n" * 9)
+    (texts / "7.txt").write_bytes(b"caf\xe9")
+    arguments = (f"--path={texts}", "--vocab_size=300", f"--output={output}")
+    failed = run(*arguments)
+    assert failed.returncode == 1
+    assert failed.stderr.strip() == (
+        f"tokenize_corpus: {texts}/7.txt: invalid UTF-8 at byte offset 3 (0xe9); convert the file to UTF-8; "
+        "on_error=skip leaves such documents out"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["texts"]
+    done = run(*arguments, "--on_error=skip")
+    assert done.returncode == 0, done.stderr
+    assert "59 documents" in done.stdout
+    assert f"{texts}: left out 1 broken documents, the first: {texts}/7.txt: invalid UTF-8" in done.stderr
