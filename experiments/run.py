@@ -116,7 +116,9 @@ def _resolve(options: flags.FlagValues, positional: Sequence[str]) -> tuple[Any,
         raise UsageError(f"give the recipe {positional[0]} or --config, not both")
     source = options.config
     if not positional and not source and options.resume and options.workdir:
-        source = f"{options.workdir.rstrip('/')}/{CONFIG_NAME}"
+        from deepseek_jax.paths import local_path
+
+        source = str(local_path(options.workdir, "the workdir") / CONFIG_NAME)
     if source:
         if not options.workdir and not options.print_config:
             raise UsageError("--config needs --workdir, the folder of the new run")
@@ -296,7 +298,8 @@ def is_user_error(error: BaseException) -> bool:
     should be or the other way round; any other is a bug to trace.
     """
     ours = ("deepseek_jax", "pallas_kernels")
-    disk, path = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS), (errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+    disk = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+    path = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
     if isinstance(error, OSError) and error.errno in (*disk, *path):
         return True
     return isinstance(error, UsageError) or any(cls.__module__.partition(".")[0] in ours for cls in type(error).__mro__)
