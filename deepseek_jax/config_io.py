@@ -27,6 +27,7 @@ from deepseek_jax.config_text import (
     known_classes,
     parse_value,
     quote_value,
+    required_fields,
 )
 
 C = TypeVar("C")
@@ -181,7 +182,10 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[C], data: Any) -> C:
-    """The `cls` that `to_dict` wrote. A field that is missing, unknown or of the wrong type is a `ConfigError`."""
+    """The `cls` that `to_dict` wrote, perhaps in an older version: a field that came later takes its default.
+
+    A missing field without one, an unknown field or a value of the wrong type is a `ConfigError`.
+    """
     return _decode(data, cls, "")
 
 
@@ -264,9 +268,9 @@ def _decode_class(data: dict, annotation: Any, path: str) -> Any:
         nearest = difflib.get_close_matches(name, types, n=1)
         hint = f"; did you mean {_join(path, nearest[0])}?" if nearest else f"; {cls.__name__} has {', '.join(types)}"
         raise ConfigError(f"the config has no field {_join(path, name)}{hint}")
-    missing = [_join(path, name) for name in types if name not in data]
+    missing = [_join(path, name) for name in required_fields(cls) if name not in data]
     require(not missing, f"the saved config lacks {', '.join(missing)}: another version wrote it, or it was edited")
-    return cls(**{name: _decode(data[name], types[name], _join(path, name)) for name in types})
+    return cls(**{name: _decode(value, types[name], _join(path, name)) for name, value in data.items()})
 
 
 def _class_named(data: dict, annotation: Any, path: str) -> type:

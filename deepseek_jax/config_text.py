@@ -88,6 +88,15 @@ def field_types(cls: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
+def required_fields(cls: type) -> list[str]:
+    """The fields that `cls`'s constructor takes and has no default for."""
+    return [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.init and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+
+
 def alternatives(annotation: Any) -> tuple[Kind, ...]:
     """What `annotation` allows, in the order to try."""
     kinds, classes = [], []
@@ -228,8 +237,7 @@ def _parse_class(text: str, kind: Kind) -> Any:
             values[name] = parse_value(value, fields[name])
         except Mismatch:
             raise ValueError(f"{cls.__name__}.{name}: {value!r} is not {describe(fields[name])}") from None
-    missing = [f.name for f in dataclasses.fields(cls) if f.init and f.name not in values and not _has_default(f)]
-    if missing:
+    if missing := [name for name in required_fields(cls) if name not in values]:
         raise ValueError(f"{cls.__name__} needs {', '.join(missing)}")
     return cls(**values)
 
@@ -244,10 +252,6 @@ _PARSERS = {name: globals()[f"_parse_{name}"] for name in _ORDER}
 def _expect(condition: bool) -> None:
     if not condition:
         raise Mismatch
-
-
-def _has_default(field: dataclasses.Field) -> bool:
-    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
 
 
 def _unquote(text: str) -> str:

@@ -257,9 +257,9 @@ def test_only_open_choices_name_their_type():
     assert "type" not in data["size"]
 
 
-def change(path, value):
-    """The saved BASE with one place changed; `...` removes it."""
-    data = to_dict(BASE)
+def change(path, value, config=BASE):
+    """The saved `config` with one place changed; `...` removes it."""
+    data = to_dict(config)
     *parents, last = path.split(".")
     place = data
     for name in parents:
@@ -274,8 +274,9 @@ def change(path, value):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("steps", ..., "the saved config lacks steps: another version wrote it"),
-        ("size.heads", ..., "lacks size.heads"),
+        ("name", ..., "^the saved config lacks name: another version wrote it, or it was edited$"),
+        ("sources.0.path", ..., "lacks sources.0.path"),
+        ("stepz", 3, "no field stepz; did you mean steps?"),
         ("size.head", 3, "no field size.head; did you mean size.heads?"),
         ("steps", 1.0, "steps is 1.0, which is not a whole number"),
         ("steps", True, "steps is True, which is not a whole number"),
@@ -295,6 +296,26 @@ def change(path, value):
 def test_from_dict_refuses(path, value, message):
     with pytest.raises(ConfigError, match=message):
         from_dict(Config, change(path, value))
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "steps=7",
+        "note=a",
+        "size=Size(width=4,heads=4)",
+        "size.heads=4",
+        "optimizer.betas=0.1,0.2",
+        "sources=Web(retries=3)",
+        "sources.0.weight=2",
+        "sources.1.urls=u,v",
+    ],
+)
+def test_a_field_that_a_saved_config_lacks_takes_its_default(assignment):
+    """As one does that came after it was saved."""
+    changed = override(BASE, assignment)
+    assert from_dict(Config, to_dict(changed)) == changed != BASE
+    assert from_dict(Config, change(assignment.partition("=")[0], ..., changed)) == BASE
 
 
 def test_load_refuses(tmp_path):
