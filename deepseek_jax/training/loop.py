@@ -14,8 +14,8 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding
 
-from deepseek_jax.config import require
-from deepseek_jax.config_io import save_config, to_dict
+from deepseek_jax.config import ConfigError, ModelConfig, require
+from deepseek_jax.config_io import from_dict, save_config, to_dict
 from deepseek_jax.data import RowIterator, Tokenizer, check_vocab, make_tokenizer, train_rows
 from deepseek_jax.model.targets import Microbatch
 from deepseek_jax.model.transformer import Transformer
@@ -25,10 +25,10 @@ from deepseek_jax.parallel.sharding import BATCH_SPEC
 from deepseek_jax.paths import check_writable, local_path, user_path
 from deepseek_jax.planning.flops import training_flops_per_token
 from deepseek_jax.training import canonical
-from deepseek_jax.training.checkpoint import CheckpointStore, check_compatible
+from deepseek_jax.training.checkpoint import CheckpointError, CheckpointStore, check_compatible
 from deepseek_jax.training.experiment import Experiment
 from deepseek_jax.training.finish import HeldoutEvaluator, finish_run
-from deepseek_jax.training.metrics import JSONL_NAME, MetricsWriter
+from deepseek_jax.training.metrics import JSONL_NAME, MetricsWriter, check_wandb
 from deepseek_jax.training.profiling import StepTrace, measure_matmul_peak
 from deepseek_jax.training.progress import Progress, TrainingClock, human_count
 from deepseek_jax.training.signals import Signals, name_of
@@ -106,6 +106,7 @@ def train(
     )
     check_writable(folder, "the workdir")
     check_writable(store.directory, "the checkpoint folder")
+    check_wandb(experiment.logging.wandb)
     if not resume:
         _require_new(folder, store)
 
@@ -381,6 +382,14 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: epath.Path) -> None:
     partial.replace(folder / TOKENIZER_NAME)
 
 
+def _saved_model(data: dict, source: str) -> dict:
+    """A checkpoint's architecture with every field that there is now, so that it compares with a run's."""
+    try:
+        return to_dict(from_dict(ModelConfig, data))
+    except ConfigError as error:
+        raise CheckpointError(f"{source} is of an architecture that this version does not know: {error}") from error
+
+
 def _restore(
     store: CheckpointStore, trainer: Trainer, rows: RowIterator, identity: dict
 ) -> tuple[TrainState, int, int, float]:
@@ -388,9 +397,10 @@ def _restore(
     step = store.latest_step()
     assert step is not None
     documents = store.documents(step)
-    meta = documents["meta"]
-    check_compatible(meta, json.loads(json.dumps(identity)), source=f"checkpoint {step} in {store.directory}")
-    entries = store.restore(step, canonical.templates(trainer))
+    meta, source = documents["meta"], f"checkpoint {step} in {store.directory}"
+    saved = {**meta, "model": _saved_model(meta["model"], source)}
+    check_compatible(saved, json.loads(json.dumps(identity)), source=source)
     rows.set_state(documents["data"])
+    entries = store.restore(step, canonical.templates(trainer))
     state = canonical.from_canonical(trainer, entries, meta["step"])
     return state, meta["step"], meta["tokens"], meta.get("seconds", 0.0)

@@ -162,12 +162,7 @@ class _TensorBoardSink:
 
 class _WandbSink:
     def __init__(self, project: str, directory: Path, resume_step: int | None, config: Mapping[str, Any] | None):
-        try:
-            self._wandb = importlib.import_module("wandb")
-        except ImportError:
-            raise ConfigError(
-                "logging to Weights & Biases needs its package: pip install 'deepseek_jax[wandb]', or set it to none"
-            ) from None
+        self._wandb = _import_wandb()
         # The id ties a resumed run to the curve it continues; a fresh one never gets that of another run.
         path = directory / WANDB_ID_NAME
         resumed = resume_step is not None and path.exists()
@@ -184,6 +179,21 @@ class _WandbSink:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def check_wandb(project: str | None) -> None:
+    """Raises `ConfigError` where a `MetricsWriter` would find no package to log to this project with."""
+    if project is not None and _is_first_process():
+        _import_wandb()
+
+
+def _import_wandb() -> Any:
+    try:
+        return importlib.import_module("wandb")
+    except ImportError:
+        raise ConfigError(
+            "logging to Weights & Biases needs its package: pip install 'deepseek_jax[wandb]', or logging.wandb=none"
+        ) from None
 
 
 def _is_first_process() -> bool:

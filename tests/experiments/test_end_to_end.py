@@ -268,6 +268,37 @@ def test_a_checkpoint_of_another_architecture(stopped, capsys, first):
     assert records(stopped, "train") == records(first, "train")
 
 
+def rewrite(path, change):
+    """Changes a JSON file with the function `change`."""
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def test_a_run_of_an_older_version_goes_on(stopped, first):
+    """One that was saved before some fields existed: in its config, and in its checkpoint's architecture."""
+
+    def older(config):
+        del config["model"]["tie_embeddings"], config["data"]["sources"][0]["on_error"], config["evaluation"]["samples"]
+
+    rewrite(stopped / "config.json", older)
+    rewrite(stopped / "checkpoints/3/documents/documents.json", lambda saved: saved["meta"]["model"].pop("mtp_depth"))
+    assert run.main(["--resume", "--workdir", str(stopped)]) == 0
+    assert records(stopped, "train") == records(first, "train")
+    assert_same_arrays(checkpoint(stopped, STEPS)[0], checkpoint(first, STEPS)[0])
+    assert load_config(Experiment, stopped / "config.json") == load_config(Experiment, first / "config.json")
+
+
+def test_a_checkpoint_of_a_newer_version(home, stopped, capsys):
+    documents = stopped / "checkpoints/3/documents/documents.json"
+    rewrite(documents, lambda saved: saved["meta"]["model"].update(mtp_width=3))
+    line = refused(capsys, "--resume", "--workdir", stopped)
+    assert line == (
+        f"checkpoint 3 in {stopped}/checkpoints is of an architecture that this version does not know: "
+        "the config has no field mtp_width; did you mean mtp_depth?"
+    )
+
+
 def test_a_missing_data_folder(home, stopped, tmp_path, capsys):
     change = ["--set", "data.sources.0.path=/no/such/folder"]
     for argv in (["--config", home.config, "--workdir", tmp_path / "new"], ["--resume", "--workdir", stopped]):

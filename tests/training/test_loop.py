@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 import types
 from typing import Any
@@ -31,7 +32,7 @@ from tiny_run import (
 )
 
 from deepseek_jax.config import ConfigError
-from deepseek_jax.data import TextFiles, Tokenizer
+from deepseek_jax.data import TextFiles, Tokenizer, train_tokenizer
 from deepseek_jax.training import canonical, loop
 from deepseek_jax.training.checkpoint import CheckpointError, CheckpointStore
 from deepseek_jax.training.experiment import CheckpointConfig, EvaluationConfig, LoggingConfig
@@ -564,6 +565,58 @@ def test_a_start_that_is_refused_leaves_no_folder(runs, whole, tmp_path):
     with pytest.raises(ConfigError, match=r"has 300 tokens, and model.vocab_size is 290"):
         train(dataclasses.replace(runs.base, model=small, tokenizer=vocabulary), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_start_is_refused_before_any_array_is_made(runs, tmp_path, monkeypatch):
+    def too_late(self, seed):
+        raise AssertionError("the weights were drawn first")
+
+    monkeypatch.setattr(Trainer, "initial_state", too_late)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    logging = LoggingConfig(tensorboard=False, wandb="project")
+    with pytest.raises(ConfigError, match="logging to Weights & Biases needs its package"):
+        train(dataclasses.replace(runs.base, logging=logging), tmp_path / "new")
+    nowhere = dataclasses.replace(runs.base.data, sources=(TextFiles(path="/nowhere"),))
+    with pytest.raises(ValueError, match="/nowhere"):
+        train(dataclasses.replace(runs.base, data=nowhere), tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_resume_is_refused_before_any_array_is_read(runs, resumed, monkeypatch):
+    def too_late(self, *arguments, **settings):
+        raise AssertionError("the arrays were read first")
+
+    monkeypatch.setattr(CheckpointStore, "restore", too_late)
+    for changes, message in (
+        ({"seed": 1}, "seed was 0 and is now 1"),
+        ({"model": dataclasses.replace(runs.base.model, hidden_size=48)}, "hidden_size is 32 there and 48 here"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(dataclasses.replace(runs.base, **changes), resumed.folder, resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_tokenizer_whose_path_cannot_be_used_is_refused(runs, resumed, tmp_path, resume):
+    """Also where a run has a copy of its own, which takes the place of a file that is gone."""
+    vocabulary = dataclasses.replace(runs.base.tokenizer, path="ftp://host/tokenizer.json")
+    before = files_of(resumed.folder)
+    with pytest.raises(ConfigError, match=r"^the tokenizer cannot be at ftp://host/tokenizer.json: use a local path"):
+        train(
+            dataclasses.replace(runs.base, tokenizer=vocabulary),
+            resumed.folder if resume else tmp_path / "new",
+            resume=resume,
+        )
+    assert files_of(resumed.folder) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_tokenizer_is_noticed_wherever_it_lies(runs, resumed, tmp_path, monkeypatch):
+    """A path from the home folder is looked up there, or the run's copy would be taken for it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    train_tokenizer(["another text, and another again"] * 9, vocab_size=290).save(tmp_path / "other.json")
+    vocabulary = dataclasses.replace(runs.base.tokenizer, path="~/other.json")
+    with pytest.raises(CheckpointError, match="was made with another tokenizer"):
+        train(dataclasses.replace(runs.base, tokenizer=vocabulary), resumed.folder, resume=True)
 
 
 def test_a_resumed_run_keeps_its_tokenizer_even_if_the_file_it_came_from_is_gone(runs, whole, tmp_path):

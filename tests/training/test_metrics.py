@@ -107,7 +107,9 @@ def test_only_the_first_process_writes(tmp_path):
 
 def test_wandb_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"needs its package: pip install 'deepseek_jax\[wandb\]', or set it to none"):
+    with pytest.raises(
+        ConfigError, match=r"needs its package: pip install 'deepseek_jax\[wandb\]', or logging.wandb=none"
+    ):
         MetricsWriter(tmp_path / "run", wandb="project")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
