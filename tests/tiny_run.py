@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import io
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,11 @@ def after_step(step: int, action: Callable[[Any], Any]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "step", stepped)
         yield
+
+
+def kill(number: int) -> Callable[[Any], None]:
+    """An action that sends this process a signal."""
+    return lambda state: os.kill(os.getpid(), number)
 
 
 def judge(evaluator: HeldoutEvaluator, state: TrainState, *, complete: bool = True) -> HeldoutResult:

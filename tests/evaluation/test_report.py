@@ -166,7 +166,8 @@ def test_a_stopped_run_shows_its_last_evaluation(tmp_path):
 )
 def test_odd_metrics_make_a_page(tmp_path, lines):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    Page(Path(write_report(tmp_path)).read_text())
+    page = Page(Path(write_report(tmp_path)).read_text())  # which asserts that its tags are closed
+    assert "broken lines" not in "".join(page.texts)
 
 
 def test_broken_files_are_noted_and_the_rest_is_shown(tmp_path):
