@@ -5,9 +5,10 @@ size_g)`; the starts are the sizes rounded up to `alignment` and summed. Rows ou
 after the last, are padding: they give zero rows and zero gradients whatever they hold.
 
 The blocked implementation walks the groups and, inside each, as many tiles of rows as the group really has (a loop
-with a dynamic bound is fine here, because the derivative is written by hand). The last tile of a group hangs over into
-its neighbour; the rows that are not the group's are left as they were, so any alignment works, nothing is padded or
-gathered, and a group costs at most one tile more than its rows.
+with a dynamic bound is fine here, because the derivative is written by hand); what is left of a group after its last
+whole tile goes in quarter tiles. The last of these hangs over into the neighbour; the rows that are not the group's are
+left as they were, so any alignment works, nothing is padded or gathered, and a group costs less than a quarter tile
+more than its rows.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from deepseek_jax.ops.implementation import accumulator, choose
 
 _MAX_TILE = 128
 _MIN_TILE = 8
+_QUARTERS = 4
 
 
 def preferred_alignment() -> int:
@@ -83,18 +85,25 @@ def grouped_matmul_dw(x: Array, dy: Array, group_sizes: Array, *, alignment: int
     _check_alignment(alignment)
     acc = accumulator(x, dy)
     tile = tile_rows(x.shape[0], group_sizes.shape[0])
+    quarter = quarter_rows(tile)
 
-    def group(_, bounds):
-        def product(t):
-            first, mine = _tile(t, bounds, tile, x.shape[0])
-            xt = jnp.where(mine, lax.dynamic_slice_in_dim(x, first, tile), 0)
-            dyt = jnp.where(mine, lax.dynamic_slice_in_dim(dy, first, tile), 0)
+    def group(_, inputs):
+        start, size = inputs
+        whole, quarters = tile_counts(size, tile)
+
+        def product(length, t):
+            first, mine = _tile(start + t * tile, start + size, length, x.shape[0])
+            xt = jnp.where(mine, lax.dynamic_slice_in_dim(x, first, length), 0)
+            dyt = jnp.where(mine, lax.dynamic_slice_in_dim(dy, first, length), 0)
             # XLA's CPU backend is slow where the first operand is transposed; the barrier makes it a plain product.
             return jnp.dot(lax.optimization_barrier(xt.T), dyt, preferred_element_type=acc)
 
-        # The first tile starts the sum, also of an empty group, where nothing is `mine` and it gives zero: with few
-        # rows per group, clearing and adding matrices would cost more than multiplying.
-        return None, lax.fori_loop(1, tile_count(bounds[1], tile), lambda t, dw: dw + product(t), product(0))
+        # With few rows per group, adding matrices would cost more than multiplying, so all quarters are one product,
+        # and the sum starts with it.
+        nothing = functools.partial(jnp.zeros, (x.shape[1], dy.shape[1]), acc)
+        lengths = [min(count * quarter, tile) for count in range(1, _QUARTERS + 1)]
+        rest = lax.switch(quarters, [nothing, *(functools.partial(product, length, whole) for length in lengths)])
+        return None, lax.fori_loop(0, whole, lambda t, dw: dw + product(tile, t), rest)
 
     return lax.scan(group, None, (group_starts(group_sizes, alignment), group_sizes))[1]
 
@@ -107,9 +116,15 @@ def tile_rows(rows: int, groups: int) -> int:
     return min(tile, rows)
 
 
-def tile_count(size: Array, tile: int) -> Array:
-    """Tiles that a group of `size` rows costs; an empty group costs none (and one in `grouped_matmul_dw`)."""
-    return (size + tile - 1) // tile
+def quarter_rows(tile: int) -> int:
+    """Rows of a quarter tile."""
+    return -(-tile // _QUARTERS)
+
+
+def tile_counts(size: Array, tile: int) -> tuple[Array, Array]:
+    """Whole tiles and quarter tiles that a group of `size` rows costs; an empty group costs none."""
+    quarter = quarter_rows(tile)
+    return size // tile, (size % tile + quarter - 1) // quarter
 
 
 def _check_alignment(alignment):
@@ -146,13 +161,11 @@ def _blocked_backward(alignment, residuals, dy):
 _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
-def _tile(t, bounds, tile, rows):
-    """First row of a group's t-th tile, and which of its rows are the tile's own: int32 and bool `[tile, 1]`."""
-    start, size = bounds
-    wanted = start + t * tile
-    first = jnp.minimum(wanted, rows - tile)  # a tile that would pass the end starts earlier, on rows it leaves alone
-    row = first + jnp.arange(tile)
-    return first, ((row >= wanted) & (row < start + size))[:, None]
+def _tile(wanted, end, length, rows):
+    """First row of a tile of `length` rows, and which lie in `[wanted, end)`: int32 and bool `[length, 1]`."""
+    first = jnp.minimum(wanted, rows - length)  # a tile that would pass the end starts earlier, on rows it leaves alone
+    row = first + jnp.arange(length)
+    return first, ((row >= wanted) & (row < end))[:, None]
 
 
 def _tiled_rows(x, w, group_sizes, alignment, contract):
@@ -162,17 +175,20 @@ def _tiled_rows(x, w, group_sizes, alignment, contract):
     tile = tile_rows(rows, w.shape[0])
 
     def group(out, inputs):
-        *bounds, matrix = inputs
+        start, size, matrix = inputs
+        whole, quarters = tile_counts(size, tile)
 
-        def put_tile(t, out):
-            first, mine = _tile(t, bounds, tile, rows)
-            xt = lax.dynamic_slice_in_dim(x, first, tile)
+        def put(length, begin, t, out):
+            first, mine = _tile(begin + t * length, start + size, length, rows)
+            xt = lax.dynamic_slice_in_dim(x, first, length)
             dimensions = (((1,), (contract - 1,)), ((), ()))
             y = lax.dot_general(xt, matrix, dimensions, preferred_element_type=acc).astype(out.dtype)
-            y = jnp.where(mine, y, lax.dynamic_slice_in_dim(out, first, tile))
+            y = jnp.where(mine, y, lax.dynamic_slice_in_dim(out, first, length))
             return lax.dynamic_update_slice_in_dim(out, y, first, 0)
 
-        return lax.fori_loop(0, tile_count(bounds[1], tile), put_tile, out), None
+        out = lax.fori_loop(0, whole, functools.partial(put, tile, start), out)
+        put_quarter = functools.partial(put, quarter_rows(tile), start + whole * tile)
+        return lax.fori_loop(0, quarters, put_quarter, out), None
 
     out = jnp.zeros_like(x, shape=(rows, w.shape[3 - contract]))
     return lax.scan(group, out, (group_starts(group_sizes, alignment), group_sizes, w))[0]

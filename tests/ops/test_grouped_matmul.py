@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax import ops
-from deepseek_jax.ops.grouped_matmul import group_starts, tile_count, tile_rows
+from deepseek_jax.ops.grouped_matmul import group_starts, quarter_rows, tile_counts, tile_rows
 
 SIZES = {
     "uneven, some empty": [0, 130, 1, 0, 255, 7],
@@ -98,15 +98,30 @@ def test_cost_follows_the_rows(groups):
     x, w = jnp.zeros((rows, k)), jnp.zeros((groups, k, n))
     sizes = jnp.asarray(np.random.default_rng(0).multinomial(rows, np.ones(groups) / groups), jnp.int32)
     loss = jax.grad(lambda x, w: ops.grouped_matmul(x, w, sizes, implementation="blocked").sum() ** 2, argnums=(0, 1))
-    # One tile forward, one for dx, a first and a further one for dw: the only matmuls in the program, whatever the
-    # number of groups.
-    assert dot_flops_inside_loops(jax.make_jaxpr(loss)(x, w).jaxpr) == 4 * 2 * tile * k * n
-    # And the loops run for the rows there are: this count is their bound.
-    assert int(tile_count(sizes, tile).sum()) * tile <= 1.5 * rows
+    # A tile and a quarter forward, the same for dx; a tile and one to four quarters for dw, of which a group runs one
+    # choice: the only matmuls in the program, whatever the number of groups.
+    quarters = 3 * 4 + 2 + (1 + 2 + 3 + 4)
+    assert dot_flops_inside_loops(jax.make_jaxpr(loss)(x, w).jaxpr) == quarters * 2 * (tile // 4) * k * n
+    # And the loops run for the rows there are: these counts are their bounds.
+    whole, rest = tile_counts(sizes, tile)
+    assert int(whole.sum()) * tile + int(rest.sum()) * quarter_rows(tile) <= 1.15 * rows
 
 
 def test_an_empty_group_runs_no_tile():
-    assert tile_count(np.asarray([0, 1, 128, 129]), 128).tolist() == [0, 1, 1, 2]
+    whole, quarters = tile_counts(np.asarray([0, 1, 32, 33, 127, 128, 129]), 128)
+    assert whole.tolist() == [0, 0, 0, 0, 0, 1, 1]
+    assert quarters.tolist() == [0, 1, 1, 2, 4, 0, 1]
+
+
+@pytest.mark.parametrize("tile", range(1, 13))
+def test_quarters_cover_what_whole_tiles_leave(tile):
+    """Any tile, since there may be fewer rows than the smallest: at most four quarters, none of them useless."""
+    sizes = np.arange(3 * tile)
+    whole, quarters = tile_counts(sizes, tile)
+    left, quarter = sizes - whole * tile, quarter_rows(tile)
+    assert (left <= quarters * quarter).all()
+    assert (left > (quarters - 1) * quarter).all()
+    assert quarters.max() <= 4
 
 
 def test_tiles_shrink_with_the_groups_and_never_exceed_the_rows():
