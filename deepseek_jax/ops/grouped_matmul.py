@@ -100,7 +100,7 @@ def grouped_matmul_dw(x: Array, dy: Array, group_sizes: Array, *, alignment: int
 
         # With few rows per group, adding matrices would cost more than multiplying, so all quarters are one product,
         # and the sum starts with it.
-        nothing = functools.partial(jnp.zeros, (x.shape[1], dy.shape[1]), acc)
+        nothing = functools.partial(jnp.zeros_like, x, acc, (x.shape[1], dy.shape[1]))
         lengths = [min(count * quarter, tile) for count in range(1, _QUARTERS + 1)]
         rest = lax.switch(quarters, [nothing, *(functools.partial(product, length, whole) for length in lengths)])
         return None, lax.fori_loop(0, whole, lambda t, dw: dw + product(tile, t), rest)
