@@ -28,7 +28,7 @@ SAVED_ACTIVATIONS = (
     "routing",
     "dispatch_plan",
     "gate_up",
-    "cross_entropy_partials",
+    "cross_entropy_gradients",
 )
 """What a layer keeps for its backward pass under selective recomputation: all but norms, MLA's up-projections, SwiGLU
 and the dispatched rows, which are computed again (section 3.2.3). Names are those given to `checkpoint_name`."""

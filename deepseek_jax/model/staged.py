@@ -100,5 +100,6 @@ def _bind(module: Any, params: Tree) -> Any:
 def _loss_sum(hidden: jax.Array, head: jax.Array, batch: Microbatch, depth: int, within_documents: bool) -> jax.Array:
     """Sum of the cross entropies (nats) over the positions whose prediction counts."""
     labels, weights = targets(batch, depth, within_documents=within_documents)
-    nll = ops.cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head, labels.reshape(-1))
-    return jnp.sum(nll * weights.reshape(-1).astype(nll.dtype))
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    weights = weights.astype(jnp.promote_types(weights.dtype, hidden.dtype))
+    return ops.cross_entropy_sum(hidden, head, labels.reshape(-1), weights.reshape(-1))

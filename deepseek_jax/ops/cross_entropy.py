@@ -58,6 +58,40 @@ def cross_entropy(
     return jnp.log(total) + top - label
 
 
+def cross_entropy_sum(
+    hidden: Array,
+    head: Array,
+    labels: Array,
+    weights: Array,
+    *,
+    vocab_size: int | None = None,
+    chunk: int | None = None,
+) -> Array:
+    """`Σ_t weights_t cross_entropy_t`, for training: gradients are made in the forward pass, so logits are made once.
+
+    Of a sum the gradients are known as soon as the logits are, up to the factor that its own cotangent brings; the
+    backward pass multiplies by that. Without differentiation only the sum is computed.
+
+    Args:
+      hidden: `[T, D]`, any float dtype.
+      head: `[D, V]`.
+      labels: `[T]` int32 in `[0, V)`; elsewhere the weight must be zero.
+      weights: `[T]`, float32 or wider; constants, which get no gradient.
+      vocab_size: Real size of the vocabulary; columns of the head from there on are padding, without probability.
+      chunk: Tokens whose logits exist at a time; None chooses.
+
+    Returns:
+      Scalar, float32 or wider.
+
+    Raises:
+      ValueError: if shapes disagree or chunk is not positive.
+    """
+    _check(hidden, head, labels, chunk)
+    if weights.shape != labels.shape:
+        raise ValueError(f"cross_entropy_sum needs a weight per label, not {weights.shape} for {labels.shape}")
+    return _weighted_sum(hidden, head, labels, weights, vocab_size, _chunk_size(hidden, head, chunk))
+
+
 def vocab_partials(
     hidden: Array,
     head: Array,
@@ -88,8 +122,12 @@ def vocab_partials(
       ValueError: if shapes disagree or chunk is not positive.
     """
     _check(hidden, head, labels, chunk)
-    chunk = min(chunk or max(_MIN_CHUNK, _CHUNK_LOGITS // head.shape[1]), hidden.shape[0])
-    return _partials(hidden, head, labels - vocab_offset, jnp.asarray(vocab_offset, jnp.int32), vocab_size, chunk)
+    offset = jnp.asarray(vocab_offset, jnp.int32)
+    return _partials(hidden, head, labels - vocab_offset, offset, vocab_size, _chunk_size(hidden, head, chunk))
+
+
+def _chunk_size(hidden, head, chunk):
+    return min(chunk or max(_MIN_CHUNK, _CHUNK_LOGITS // head.shape[1]), hidden.shape[0])
 
 
 def _check(hidden, head, labels, chunk):
@@ -130,12 +168,7 @@ def _partials(hidden, head, labels, offset, vocab_size, chunk):
 def _forward(hidden, head, labels, offset, vocab_size, chunk):
     def of_chunk(_, inputs):
         hidden, labels = inputs
-        logits = _logits(hidden, head, offset, vocab_size)
-        top = jnp.maximum(logits.max(-1), _LOWEST)
-        total = jnp.exp(logits - top[:, None]).sum(-1)
-        inside = (labels >= 0) & (labels < head.shape[1])
-        label = jnp.take_along_axis(logits, jnp.where(inside, labels, 0)[:, None], -1)[:, 0]
-        return None, (top, total, jnp.where(inside, label, 0))
+        return None, _of_logits(_logits(hidden, head, offset, vocab_size), labels)
 
     _, parts = lax.scan(of_chunk, None, (_to_chunks(hidden, chunk), _to_chunks(labels, chunk)))
     top, total, label = (_from_chunks(x, hidden.shape[0]) for x in parts)
@@ -159,6 +192,54 @@ def _backward(vocab_size, chunk, residuals, cotangents):
 
 
 _partials.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _weighted_sum(hidden, head, labels, weights, vocab_size, chunk):
+    top, total, label = _partials(hidden, head, labels, jnp.zeros((), jnp.int32), vocab_size, chunk)
+    return _weighted(jnp.log(total) + top - label, weights)
+
+
+def _weighted(nll, weights):
+    """The sum, in which a token of weight zero counts nothing whatever its label."""
+    return jnp.sum(jnp.where(weights == 0, 0, nll * weights))
+
+
+def _sum_and_gradients(hidden, head, labels, weights, vocab_size, chunk):
+    zero = jnp.zeros((), jnp.int32)
+
+    def of_chunk(dhead, inputs):
+        hidden, labels, weights = inputs
+        logits = _logits(hidden, head, zero, vocab_size)
+        top, total, label = _of_logits(logits, labels)
+        dlogits = _dlogits(logits, labels, top, weights / total, -weights).astype(hidden.dtype)
+        nll = jnp.log(total) + top - label
+        return dhead + _dhead(hidden, dlogits, dhead.dtype), (nll, _dhidden(dlogits, head))
+
+    inputs = tuple(_to_chunks(x, chunk) for x in (hidden, labels, weights))
+    dhead, parts = lax.scan(of_chunk, jnp.zeros_like(head, accumulator(hidden, head)), inputs)
+    nll, dhidden = (_from_chunks(x, hidden.shape[0]) for x in parts)
+    # Named, so that a loss that is computed again for its backward pass need not make the logits again.
+    gradients = tuple(checkpoint_name(x, "cross_entropy_gradients") for x in (dhidden, dhead.astype(head.dtype)))
+    return _weighted(nll, weights), gradients
+
+
+def _scaled_gradients(vocab_size, chunk, gradients, cotangent):
+    # The product is made in the cotangent's dtype: rounded to bfloat16, it would put one error into every gradient.
+    dhidden, dhead = ((g * cotangent).astype(g.dtype) for g in gradients)
+    return dhidden, dhead, None, None
+
+
+_weighted_sum.defvjp(_sum_and_gradients, _scaled_gradients)
+
+
+def _of_logits(logits, labels):
+    """Maximum, sum of exponentials and label's logit of one chunk, each `[chunk]`."""
+    top = jnp.maximum(logits.max(-1), _LOWEST)
+    total = jnp.exp(logits - top[:, None]).sum(-1)
+    inside = (labels >= 0) & (labels < logits.shape[1])
+    label = jnp.take_along_axis(logits, jnp.where(inside, labels, 0)[:, None], -1)[:, 0]
+    return top, total, jnp.where(inside, label, 0)
 
 
 def _dlogits(logits, labels, top, dtotal, dlabel):

@@ -48,6 +48,36 @@ def test_chunked_is_the_reference(tokens, chunk, vocab_size):
             assert not np.asarray(got[2])[:, vocab_size:].any(), "padding columns get no gradient"
 
 
+@pytest.mark.parametrize("vocab_size", [None, 41])
+@pytest.mark.parametrize(("tokens", "chunk"), [(77, 16), (77, None), (1, 4), (64, 64)])
+def test_sum_with_gradients_from_its_forward_pass_is_the_reference(tokens, chunk, vocab_size):
+    """Also where the sum's cotangent is not 1, and where labels without weight are padding."""
+    with jax.enable_x64(True):
+        hidden, head, labels, weights = problem(tokens, 50, labels_below=41)
+        weights, labels = weights.at[::5].set(0), labels.at[::5].set(49)
+
+        def whole(hidden, head):
+            nll = ops.cross_entropy(hidden, head, labels % 41, vocab_size=vocab_size, implementation="reference")
+            return jnp.sin((nll * weights).sum())
+
+        def chunked(hidden, head):
+            return jnp.sin(ops.cross_entropy_sum(hidden, head, labels, weights, vocab_size=vocab_size, chunk=chunk))
+
+        wanted, gradients = jax.jit(jax.value_and_grad(whole, argnums=(0, 1)))(hidden, head)
+        got = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1)))(hidden, head)
+        assert_equal((got[0], *got[1]), (wanted, *gradients))
+        assert_equal((jax.jit(chunked)(hidden, head),), (wanted,))
+
+
+@pytest.mark.parametrize("policy", [(), ("cross_entropy_gradients",)])
+def test_sum_under_recomputation_makes_logits_once_if_its_gradients_are_kept(policy):
+    hidden, head, labels, weights = problem(32, 50, dtype=jnp.float32)
+    keep = jax.checkpoint_policies.save_only_these_names(*policy)
+    loss = jax.checkpoint(lambda h, w: ops.cross_entropy_sum(h, w, labels, weights, chunk=8), policy=keep)
+    program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(hidden, head).as_text()
+    assert len(re.findall(r"dot_general.*->\s*tensor<8x50xf32>", program)) == (1 if policy else 2)
+
+
 @pytest.mark.parametrize("shards", [2, 4])
 def test_shards_of_the_vocabulary_equal_the_whole(shards):
     with jax.enable_x64(True):
@@ -96,13 +126,29 @@ def test_bfloat16_gives_a_float32_loss():
     wanted = ops.cross_entropy(hidden, head, labels, implementation="reference")
     np.testing.assert_allclose(nll, wanted, rtol=1e-4, atol=1e-4)
 
+    weights = g.astype(jnp.float32)
+    loss = lambda h, w: ops.cross_entropy_sum(h, w, labels, weights, chunk=16)  # noqa: E731
+    total, gradients = jax.value_and_grad(loss, argnums=(0, 1))(hidden, head)
+    assert (total.dtype, *(x.dtype for x in gradients)) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
+    np.testing.assert_allclose(total, (wanted * weights).sum(), rtol=1e-4)
+    for got, two_passes in zip(gradients, (dhidden, dhead), strict=True):
+        scale = jnp.abs(two_passes).max().astype(jnp.float32)
+        np.testing.assert_allclose(got.astype(jnp.float32), two_passes.astype(jnp.float32), atol=0.02 * float(scale))
 
+
+@pytest.mark.parametrize("op", [ops.cross_entropy, ops.cross_entropy_sum])
 @pytest.mark.parametrize("tokens", [4096, 4099])
-def test_logits_never_exist_whole(tokens):
+def test_logits_never_exist_whole(op, tokens):
     vocab = 3001
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((tokens, 16), (16, vocab))]
     labels = jax.ShapeDtypeStruct((tokens,), jnp.int32)
-    loss = jax.grad(lambda h, w, labels: ops.cross_entropy(h, w, labels, chunk=256).sum(), argnums=(0, 1))
+
+    def one(h, w, labels):
+        if op is ops.cross_entropy_sum:
+            return op(h, w, labels, jnp.ones(tokens), chunk=256)
+        return op(h, w, labels, chunk=256).sum()
+
+    loss = jax.grad(one, argnums=(0, 1))
     program = jax.jit(loss).lower(*shapes, labels).compile()
     for shape in re.findall(r"\w\d+\[([\d,]+)\]", program.as_text()):
         assert np.prod([int(s) for s in shape.split(",")]) < tokens * vocab / 8, shape
@@ -117,3 +163,5 @@ def test_bad_arguments_say_what_would_be_valid():
         ops.cross_entropy(hidden, head, labels[:3])
     with pytest.raises(ValueError, match="chunk must be at least 1"):
         ops.vocab_partials(hidden, head, labels, chunk=0)
+    with pytest.raises(ValueError, match="a weight per label"):
+        ops.cross_entropy_sum(hidden, head, labels, jnp.ones(3))
