@@ -33,6 +33,9 @@ class ParallelConfig:
     recompute: Literal["none", "selective", "full"] = "selective"
     """What the backward pass computes again: nothing; norms, MLA up-projections and SwiGLU, as the paper does (section
     3.2.3); or all but each layer's input, for the least memory at a third more compute."""
+    unroll_layers: int = 1
+    """Layers of one kind that the compiled step writes out before it repeats: more saves the copies of their
+    activations into stacked arrays and back, and takes longer to compile. 1 compiles as fast for any number of layers."""
 
     def __post_init__(self):
         for name in AXES:
@@ -41,6 +44,7 @@ class ParallelConfig:
             self.microbatch_rows is None or self.microbatch_rows >= 1,
             f"parallel.microbatch_rows must be at least 1, not {self.microbatch_rows}",
         )
+        require(self.unroll_layers >= 1, f"parallel.unroll_layers must be at least 1, not {self.unroll_layers}")
         require(
             self.recompute in ("none", "selective", "full"),
             f"parallel.recompute must be none, selective or full, not {self.recompute!r}",

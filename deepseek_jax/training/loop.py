@@ -56,6 +56,7 @@ def make_trainer(experiment: Experiment) -> Trainer:
     config = StepConfig(
         microbatch_rows=experiment.parallel.microbatch_rows,
         recompute=experiment.parallel.recompute,
+        unroll_layers=experiment.parallel.unroll_layers,
         compute_dtype=jnp.dtype(experiment.precision.compute),
         mask_documents=experiment.mask_documents,
         balance_weight=experiment.schedule.balance_weight,

@@ -75,6 +75,7 @@ class StepConfig:
 
     microbatch_rows: int | None = None
     recompute: Recompute = "selective"
+    unroll_layers: int = 1
     compute_dtype: Any = jnp.float32
     mask_documents: bool = False
     balance_weight: float = 1e-4
@@ -195,7 +196,9 @@ class Trainer:
             raise ValueError(f"{rows} rows per device do not split into microbatches of {size}; pad the batch first")
         split = jax.tree.map(lambda leaf: leaf.reshape(rows // size, size, *leaf.shape[1:]), batch)
         schedule = Schedule("one_rank", ranks=1, microbatches=rows // size)
-        return split, pipeline(self.staged, schedule, recompute=self.config.recompute)
+        return split, pipeline(
+            self.staged, schedule, recompute=self.config.recompute, unroll_layers=self.config.unroll_layers
+        )
 
     def _counts(self, batch: Microbatch) -> dict[str, jax.Array]:
         """Labels and non-empty sequences of the whole global batch, at least 1 each."""

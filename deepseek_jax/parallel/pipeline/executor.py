@@ -40,17 +40,21 @@ class Pipeline(NamedTuple):
     evaluate: Callable[[Tree, Tree, Any, LossScales], Outputs]
 
 
-def pipeline(model: StagedModel, schedule: Schedule, *, recompute: Recompute = "none") -> Pipeline:
+def pipeline(
+    model: StagedModel, schedule: Schedule, *, recompute: Recompute = "none", unroll_layers: int = 1
+) -> Pipeline:
     """Runs `model` by `schedule`.
 
     Args:
       model: the functions to run.
       schedule: the order of work; with one rank, microbatches follow each other and gradients accumulate.
       recompute: what the backward pass computes again instead of keeping it.
+      unroll_layers: layers of one kind that the program holds one after the other before it repeats.
     """
+    recomputing = functools.partial(_recomputing, model, recompute)
 
     def loss_of(params, state, batch, scales):
-        return _microbatch(model, params, state, batch, scales, functools.partial(_recomputing, model, recompute))
+        return _microbatch(model, params, state, batch, scales, recomputing, unroll_layers)
 
     gradient_of = jax.value_and_grad(loss_of, has_aux=True)
 
@@ -73,7 +77,7 @@ def pipeline(model: StagedModel, schedule: Schedule, *, recompute: Recompute = "
     return Pipeline(value_and_grad, evaluate)
 
 
-def _microbatch(model: StagedModel, params, state, batch, scales: LossScales, recomputing: Callable):
+def _microbatch(model: StagedModel, params, state, batch, scales: LossScales, recomputing: Callable, unroll: int):
     """The scaled loss of one microbatch and its `Outputs`."""
     ctx = model.context(batch)
     x = model.embed(params, batch)
@@ -81,7 +85,7 @@ def _microbatch(model: StagedModel, params, state, batch, scales: LossScales, re
     loads: dict[str, jax.Array] = {}
     for kind, layer in model.layers.items():
         stack = _merge(params[kind], state.get(kind))
-        x, aux, stats = scan_layers(recomputing(layer), stack, x, ctx)
+        x, aux, stats = scan_layers(recomputing(layer), stack, x, ctx, unroll)
         aux_total += aux
         if stats.shape[-1]:
             loads[kind] = stats
@@ -102,14 +106,14 @@ def _recomputing(model: StagedModel, recompute: Recompute, function: Callable) -
     return jax.checkpoint(function, policy=policy, prevent_cse=False)
 
 
-def scan_layers(layer, stack: Tree, x, ctx):
+def scan_layers(layer, stack: Tree, x, ctx, unroll: int = 1):
     """Applies `layer` with each entry of a stack of parameters in turn: (x, Σ aux, stats `[layers, ...]`)."""
 
     def step(x, params):
         x, aux, stats = layer(params, x, ctx)
         return x, (aux, stats)
 
-    x, (aux, stats) = lax.scan(step, x, stack)
+    x, (aux, stats) = lax.scan(step, x, stack, unroll=unroll)
     return x, aux.sum(), stats
 
 
