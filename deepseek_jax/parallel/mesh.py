@@ -34,8 +34,8 @@ class ParallelConfig:
     """What the backward pass computes again: nothing; norms, MLA up-projections and SwiGLU, as the paper does (section
     3.2.3); or all but each layer's input, for the least memory at a third more compute."""
     unroll_layers: int = 1
-    """Layers of one kind that the compiled step writes out before it repeats: more saves the copies of their
-    activations into stacked arrays and back, and takes longer to compile. 1 compiles as fast for any number of layers."""
+    """Layers of one kind that the compiled step writes out before it repeats. More save the copies of their activations
+    into stacked arrays and back, and compile longer; 1 compiles as fast for any number of layers."""
 
     def __post_init__(self):
         for name in AXES:
