@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import tempfile
 from pathlib import Path
 
@@ -59,6 +60,18 @@ def check_writable(folder: epath.PathLike, what: str) -> None:
     except OSError as error:
         reason = f"{there} takes no file ({error.strerror or error})"
         raise ConfigError(f"{what} cannot be at {folder}: {reason}; choose another place") from None
+
+
+def write_aside(path: epath.PathLike, text: str) -> None:
+    """Writes a file in UTF-8 beside its place, then moves it there: what dies on the way leaves no half of a file."""
+    target = epath.Path(path)
+    partial = target.parent / f"{target.name}.{os.getpid()}.partial"
+    try:
+        partial.write_bytes(text.encode())
+        partial.replace(target)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _is_there(path: Path) -> bool:

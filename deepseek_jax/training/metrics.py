@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, TextIO
 import numpy as np
 
 from deepseek_jax.config import ConfigError, require
-from deepseek_jax.paths import local_path
+from deepseek_jax.paths import local_path, write_aside
 
 JSONL_NAME = "metrics.jsonl"
 WANDB_ID_NAME = "wandb_id.txt"
@@ -68,22 +68,17 @@ class MetricsWriter:
         for sink in self._sinks:
             sink.write(int(step), int(tokens), kind, plain)
 
-    def flush(self) -> None:
-        """Hands everything written so far to the operating system."""
+    def close(self, *, failed: bool = False) -> None:
+        """Flushes and closes every sink; writing after it does nothing. `failed`: the run ended by an exception."""
         for sink in self._sinks:
-            sink.flush()
-
-    def close(self) -> None:
-        """Flushes and closes every sink; writing after it does nothing."""
-        for sink in self._sinks:
-            sink.close()
+            sink.close(failed)
         self._sinks = []
 
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *exception: object) -> None:
+        self.close(failed=kind is not None)
 
 
 def read_metrics(path: str | os.PathLike, kind: Kind | None = None) -> list[dict[str, Any]]:
@@ -110,8 +105,7 @@ def read_metrics(path: str | os.PathLike, kind: Kind | None = None) -> list[dict
 
 class _Sink(Protocol):
     def write(self, step: int, tokens: int, kind: Kind, values: Mapping[str, Value]) -> None: ...
-    def flush(self) -> None: ...
-    def close(self) -> None: ...
+    def close(self, failed: bool) -> None: ...
 
 
 class _JsonlSink:
@@ -125,10 +119,7 @@ class _JsonlSink:
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()  # one line per logged step is little, and a killed run keeps its curve
 
-    def flush(self) -> None:
-        self._file.flush()
-
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self._file.close()
 
 
@@ -153,10 +144,7 @@ class _TensorBoardSink:
             else:
                 self._writer.add_scalar(tag, value, step)
 
-    def flush(self) -> None:
-        self._writer.flush()
-
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self._writer.close()
 
 
@@ -167,22 +155,28 @@ class _WandbSink:
         path = directory / WANDB_ID_NAME
         resumed = resume_step is not None and path.exists()
         run_id = path.read_text(encoding="utf-8").strip() if resumed else secrets.token_hex(8)
-        self._run = self._wandb.init(project=project, dir=str(directory), id=run_id, resume="allow", config=config)
-        path.write_text(run_id + "\n", encoding="utf-8")
+        try:
+            self._run = self._wandb.init(project=project, dir=str(directory), id=run_id, resume="allow", config=config)
+        except Exception as error:  # no key, no network, no such project: each version has classes of its own
+            raise ConfigError(
+                f"Weights & Biases refused: {_first_line(error)}; `wandb login` sets a key, WANDB_MODE=offline needs "
+                "no network, and logging.wandb=none goes without"
+            ) from error
+        write_aside(path, run_id + "\n")
 
     def write(self, step: int, tokens: int, kind: Kind, values: Mapping[str, Value]) -> None:
         shown = {f"{kind}/{n}": self._wandb.Histogram(v) if isinstance(v, list) else v for n, v in values.items()}
         self._run.log({f"{kind}/tokens": tokens, **shown}, step=step)
 
-    def flush(self) -> None:
-        """W&B sends on its own."""
-
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, failed: bool) -> None:
+        if failed:
+            self._run.finish(exit_code=1)
+        else:
+            self._run.finish()
 
 
 def check_wandb(project: str | None) -> None:
-    """Raises `ConfigError` where a `MetricsWriter` would find no package to log to this project with."""
+    """Raises `ConfigError` where a `MetricsWriter` would find no working package to log to this project with."""
     if project is not None and _is_first_process():
         _import_wandb()
 
@@ -190,10 +184,20 @@ def check_wandb(project: str | None) -> None:
 def _import_wandb() -> Any:
     try:
         return importlib.import_module("wandb")
-    except ImportError:
+    except Exception as error:  # a package that does not fit its own dependencies fails in any way
+        if isinstance(error, ModuleNotFoundError) and error.name == "wandb":
+            raise ConfigError(
+                "logging to Weights & Biases needs its package: pip install 'deepseek_jax[wandb]', or "
+                "logging.wandb=none"
+            ) from None
         raise ConfigError(
-            "logging to Weights & Biases needs its package: pip install 'deepseek_jax[wandb]', or logging.wandb=none"
-        ) from None
+            f"the package wandb is installed, but broken: {_first_line(error)}; install it again, or logging.wandb=none"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(". ") if lines else type(error).__name__
 
 
 def _is_first_process() -> bool:

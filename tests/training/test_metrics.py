@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.config import ConfigError
-from deepseek_jax.training.metrics import MetricsWriter, read_metrics
+from deepseek_jax.training.metrics import MetricsWriter, check_wandb, read_metrics
 
 
 def lines(folder):
@@ -101,7 +101,6 @@ def test_tensorboard_gets_every_value(tmp_path):
 def test_only_the_first_process_writes(tmp_path):
     with MetricsWriter(tmp_path / "none", enabled=False) as writer:
         writer.write(1, {"loss": object()}, tokens=1)
-        writer.flush()
     assert not (tmp_path / "none").exists()
 
 
@@ -114,32 +113,76 @@ def test_wandb_says_what_to_install(tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_wandb_gets_every_value(tmp_path, monkeypatch):
-    logged = []
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("import a_part_of_wandb", "No module named 'a_part_of_wandb'"),
+        ("raise TypeError('Descriptors cannot be created\\nIf this call', 1)", r".*Descriptors cannot be created.*"),
+        ("raise TypeError", "TypeError"),
+    ],
+)
+def test_a_broken_wandb_is_not_called_missing(tmp_path, monkeypatch, source, reason):
+    (tmp_path / "wandb.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    expected = rf"^the package wandb is installed, but broken: {reason}; install it again, or logging\.wandb=none$"
+    with pytest.raises(ConfigError, match=expected):
+        check_wandb("project")
+    check_wandb(None)
+
+
+def test_what_wandb_refuses_is_one_line_and_leaves_no_file(tmp_path, monkeypatch):
+    def refuse(**settings):
+        raise RuntimeError("No API key configured. Use `wandb login`.\nMore on another line")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refuse))
+    with pytest.raises(ConfigError, match=r"^Weights & Biases refused: No API key .* `wandb login`; .*") as refused:
+        MetricsWriter(tmp_path, wandb="project")
+    assert str(refused.value).endswith("logging.wandb=none goes without")
+    assert "another line" not in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def fake_wandb(logged: list) -> types.SimpleNamespace:
+    """A package that keeps what it is told."""
     run = types.SimpleNamespace(
-        log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("end")
+        log=lambda values, step: logged.append((step, values)), finish=lambda exit_code=0: logged.append(exit_code)
     )
-    fake = types.SimpleNamespace(init=lambda **settings: logged.append(settings) or run, Histogram=tuple)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return types.SimpleNamespace(init=lambda **settings: logged.append(settings) or run, Histogram=tuple)
+
+
+def test_wandb_gets_every_value(tmp_path, monkeypatch):
+    logged: list = []
+    monkeypatch.setitem(sys.modules, "wandb", fake_wandb(logged))
     with MetricsWriter(tmp_path, tensorboard=False, wandb="project", config={"a": 1}) as writer:
         writer.write(3, {"loss": 1.5, "load": [1, 2]}, tokens=9)
     settings, line, end = logged
     assert settings["project"] == "project"
     assert settings["config"] == {"a": 1}
     assert line == (3, {"train/tokens": 9, "train/loss": 1.5, "train/load": (1, 2)})
-    assert end == "end"
+    assert end == 0
+
+
+def test_wandb_is_told_that_a_run_failed(tmp_path, monkeypatch):
+    logged: list = []
+    monkeypatch.setitem(sys.modules, "wandb", fake_wandb(logged))
+    with pytest.raises(ZeroDivisionError), MetricsWriter(tmp_path, tensorboard=False, wandb="project"):
+        raise ZeroDivisionError
+    MetricsWriter(tmp_path, tensorboard=False, wandb="project", resume_step=0).close(failed=True)
+    assert [value for value in logged if isinstance(value, int)] == [1, 1]
 
 
 def test_only_a_resumed_run_has_the_wandb_id_of_another(tmp_path, monkeypatch):
-    begun = []
-    run = types.SimpleNamespace(log=lambda values, step: None, finish=lambda: None)
-    fake = types.SimpleNamespace(init=lambda **settings: begun.append(settings) or run)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+    logged: list = []
+    monkeypatch.setitem(sys.modules, "wandb", fake_wandb(logged))
 
     def begin(folder, resume_step=None):
         with MetricsWriter(folder, tensorboard=False, wandb="project", resume_step=resume_step) as writer:
             writer.write(1, {"loss": 1.0}, tokens=1)
-        return begun[-1]["id"]
+        return begun()[-1]["id"]
+
+    def begun():
+        return [settings for settings in logged if isinstance(settings, dict)]
 
     first = begin(tmp_path / "run")
     with pytest.raises(ConfigError, match="holds another run's metrics"):
@@ -150,9 +193,9 @@ def test_only_a_resumed_run_has_the_wandb_id_of_another(tmp_path, monkeypatch):
     (tmp_path / "run" / "metrics.jsonl").unlink()
     third = begin(tmp_path / "run")
     begin(tmp_path / "unlogged", resume_step=4)
-    assert len({settings["id"] for settings in begun}) == 4
+    assert len({settings["id"] for settings in begun()}) == 4
     assert [begin(tmp_path / "old", resume_step=1), begin(tmp_path / "run", resume_step=1)] == [first, third]
-    assert {settings["resume"] for settings in begun} == {"allow"}
+    assert {settings["resume"] for settings in begun()} == {"allow"}
 
 
 def test_the_writer_refuses(tmp_path):
