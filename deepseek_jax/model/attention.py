@@ -56,7 +56,9 @@ class LatentAttention(nnx.Module):
         latent, k_rope = self._latents(x, ctx)
         key_values = self.kv_b(latent).reshape(*x.shape[:2], cfg.num_heads, -1)
         k_nope, v = jnp.split(key_values, [cfg.qk_nope_head_dim], axis=-1)
-        k_rope_per_head = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], cfg.qk_rope_head_dim))
+        # Copied in float32 or wider, because the gradient of that is a sum over the heads.
+        shared = k_rope[:, :, None].astype(at_least_float32(x.dtype))
+        k_rope_per_head = jnp.broadcast_to(shared, (*k_nope.shape[:3], cfg.qk_rope_head_dim)).astype(x.dtype)
         out = ops.attention(
             jnp.concatenate([q_nope, q_rope], axis=-1),
             jnp.concatenate([k_nope, k_rope_per_head], axis=-1),

@@ -75,8 +75,9 @@ class RoutedExperts(nnx.Module):
         rows, weights, group_sizes, _ = inputs
         gate_up = ops.grouped_matmul(rows, self.gate_up[...].astype(rows.dtype), group_sizes, alignment=alignment)
         gate_up = checkpoint_name(gate_up, "gate_up")
-        # The down projection is linear, so weighting its input weights its output.
-        hidden = swiglu(gate_up) * weights[:, None].astype(rows.dtype)
+        # The down projection is linear, so weighting its input weights its output. The product is made in the weights'
+        # dtype, float32 or wider, because a weight's gradient is a sum over the row.
+        hidden = (swiglu(gate_up) * weights[:, None]).astype(rows.dtype)
         return ops.grouped_matmul(hidden, self.down[...].astype(rows.dtype), group_sizes, alignment=alignment)
 
 

@@ -112,9 +112,11 @@ def _gather_pairs(weights: jax.Array, handle: LocalHandle) -> jax.Array:
 
 @jax.custom_vjp
 def _sum_choices(rows: jax.Array, handle: LocalHandle) -> jax.Array:
-    """`[M, D]` -> `[T, D]`: the sum of each token's rows."""
+    """`[M, D]` -> `[T, D]`: the sum of each token's rows, made in float32 or wider and rounded once."""
     # One gather per choice and a running sum: a gather of [T, K, D] would be written out and read again.
-    return jnp.asarray(sum(rows[handle.rows[:, choice]] for choice in range(handle.rows.shape[1])))
+    wide = jnp.promote_types(rows.dtype, jnp.float32)
+    total = sum(rows[handle.rows[:, choice]].astype(wide) for choice in range(handle.rows.shape[1]))
+    return jnp.asarray(total, rows.dtype)
 
 
 def _transposed_by(gather: jax.custom_vjp, transpose: Callable) -> None:
