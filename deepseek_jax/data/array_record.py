@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from deepseek_jax.data.config import ArrayRecord
-from deepseek_jax.data.documents import Document, Documents, digest
+from deepseek_jax.data.documents import Document, Documents, digest, id_bytes
 from deepseek_jax.data.errors import DataError
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.paths import local_path
@@ -27,7 +27,7 @@ _FORMAT = 1
 
 def pack_record(document_id: str, tokens: np.ndarray) -> bytes:
     """One record: header, id in UTF-8, tokens in 2 or 4 bytes each, little-endian."""
-    name = document_id.encode()
+    name = id_bytes(document_id)
     width = 2 if tokens.size == 0 or tokens.max() < 1 << 16 else 4
     return _HEADER.pack(len(name), width) + name + tokens.astype(f"<u{width}").tobytes()
 
@@ -36,7 +36,8 @@ def unpack_record(record: bytes) -> tuple[str, np.ndarray]:
     """`(document id, tokens int32 [n])` of a record."""
     length, width = _HEADER.unpack_from(record)
     start = _HEADER.size + length
-    return record[_HEADER.size : start].decode(), np.frombuffer(record, f"<u{width}", offset=start).astype(np.int32)
+    name = record[_HEADER.size : start].decode("utf-8", "surrogateescape")
+    return name, np.frombuffer(record, f"<u{width}", offset=start).astype(np.int32)
 
 
 class CorpusWriter:
@@ -127,7 +128,7 @@ class _TokenizedDocuments(Documents):
             self.digests = np.load(folder / "digests.npy")
             self._records = array_record_data_source.ArrayRecordDataSource([str(folder / s["file"]) for s in shards])
             count = len(self._records)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, EOFError, ValueError, RuntimeError) as error:  # an EOFError is of an empty digests.npy
             raise _damaged(source.path, error) from None
         if not count == len(self.digests) == self._metadata["documents"]:
             raise _damaged(source.path, f"{count} records where metadata.json says {self._metadata['documents']}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import hashlib
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,12 @@ class Document:
 
 def digest(document_id: str) -> int:
     """64 bits that depend on the identity alone: the split, the order and the random choices of a document."""
-    return int.from_bytes(hashlib.blake2b(document_id.encode(), digest_size=8).digest(), "big")
+    return int.from_bytes(hashlib.blake2b(id_bytes(document_id), digest_size=8).digest(), "big")
+
+
+def id_bytes(document_id: str) -> bytes:
+    """An identity in bytes. Names of files are UTF-8 by custom only: the bytes of another name are kept as they are."""
+    return document_id.encode("utf-8", "surrogateescape")
 
 
 class Documents:
@@ -110,10 +116,38 @@ def list_files(path: str, patterns: tuple[str, ...]) -> list[tuple[str, epath.Pa
 
 def _walk(root: epath.Path) -> Iterator[tuple[str, epath.Path]]:
     """`(relative name, path)` of all files under `root` but hidden ones. (`epath` has no recursive glob.)"""
-    for folder, subfolders, names in root.walk():
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+    for folder, names in _walk_cloud(root) if "://" in str(root) else _walk_local(str(root)):
         prefix = "" if folder == root else folder.relative_to(root).as_posix() + "/"
         yield from ((prefix + name, folder / name) for name in names if not name.startswith("."))
+
+
+def _walk_cloud(root: epath.Path) -> Iterator[tuple[epath.Path, list[str]]]:
+    for folder, subfolders, names in root.walk():
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        yield folder, names
+
+
+def _walk_local(root: str) -> Iterator[tuple[epath.Path, list[str]]]:
+    """Folders and the names of their files, links followed; a folder that has several names is read once.
+
+    (`epath` follows links to folders in no version of Python, and passes over what it cannot read.)
+    """
+    waiting, seen = [root], set()
+    while waiting:  # links come after all folders, so that a folder keeps its own name where it has one
+        for folder, subfolders, names in os.walk(waiting.pop(0), onerror=_unreadable):
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                subfolders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            paths = (os.path.join(folder, name) for name in subfolders)
+            waiting += filter(os.path.islink, paths)  # which `os.walk` does not follow by itself
+            yield epath.Path(folder), names
+
+
+def _unreadable(error: OSError) -> None:
+    raise DataError(f"{error.filename}: cannot be read ({error.strerror or error})") from None
 
 
 def _matches(parts: list[str], pattern: list[str]) -> bool:
