@@ -96,7 +96,10 @@ class ScheduleConfig:
     def __post_init__(self):
         require(self.total_tokens > 0, f"schedule.total_tokens must be positive, not {self.total_tokens}")
         require(self.batch_multiple >= 1, f"schedule.batch_multiple must be at least 1, not {self.batch_multiple}")
-        require(self.rows(0) >= 1, "schedule.batch_rows must be at least 1")
+        rows = [phase.value for phase in self.batch_rows.phases]
+        if self.batch_rows.phases[0].shape != "constant":
+            rows.append(self.batch_rows.start)  # from where the first phase ramps
+        require(min(rows) >= 1, f"schedule.batch_rows must be at least 1 everywhere, start included, not {min(rows):g}")
 
     def mismatch(self) -> str | None:
         """What it means that the learning rate's curve was made for another length than `total_tokens`, if it was."""

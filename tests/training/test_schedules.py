@@ -100,6 +100,23 @@ def test_pieces():
     assert [ramp(t) for t in (0, 2, 4, 8, 100)] == [4, 5, 6, 8, 8]
 
 
+@pytest.mark.parametrize(
+    ("rows", "least"),
+    [
+        (constant(0), "0"),
+        (constant(-5), "-5"),
+        (stepped((10, 8), final=0.5), "0.5"),
+        (Curve(phases=(Phase(until=10, value=8, shape="linear"),)), "0"),  # Curve.start is 0 unless it is given
+        (Curve(start=-2, phases=(Phase(until=10, value=8, shape="cosine"),)), "-2"),
+    ],
+)
+def test_no_part_of_a_batch_schedule_is_below_one_row(rows, least):
+    with pytest.raises(ConfigError, match=rf"^schedule\.batch_rows must be at least 1 everywhere, .*, not {least}$"):
+        ScheduleConfig(total_tokens=100, learning_rate=constant(1.0), batch_rows=rows)
+    unused_start = Curve(start=0, phases=(Phase(until=10, value=1),))
+    assert ScheduleConfig(total_tokens=100, learning_rate=constant(1.0), batch_rows=unused_start).rows(0) == 1
+
+
 def test_bad_schedules_say_what_is_wrong():
     with pytest.raises(ConfigError, match="one after another"):
         Curve(phases=(Phase(until=10, value=1.0), Phase(until=5, value=1.0)))
