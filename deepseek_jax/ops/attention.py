@@ -43,8 +43,8 @@ def attention(
       v: Values, `[B, S, H, V]`; V may differ from K.
       scale: Factor on the scores, positive (for DeepSeek-V3: K^-0.5 times YaRN's correction).
       segment_ids: `[B, S]` int32, or None when the whole row is one segment.
-      implementation: "reference" (holds `[S, S]`: an oracle for small sizes), "blockwise" (portable), "cudnn" (Hopper
-        or newer, bfloat16 or float16, no segments), or None for the best that is supported here.
+      implementation: "reference" (holds `[S, S]`: an oracle for small sizes), "blockwise" (portable), "cudnn" (Hopper,
+        or newer for heads up to 128; bfloat16 or float16; no segments), or None for the best that is supported here.
 
     Returns:
       `[B, S, H, V]` of v's dtype. Softmax statistics are float32 or wider.

@@ -9,7 +9,6 @@ import pytest
 
 from deepseek_jax import ops
 from deepseek_jax.ops import attention as attention_function
-from deepseek_jax.ops import attention_cudnn
 
 
 def inputs(length, *, batch=2, heads=3, qk=8, value=5, dtype=jnp.float64, seed=0):
@@ -105,47 +104,6 @@ def test_temporary_memory_is_linear_and_the_program_does_not_grow():
     assert temporary[2] <= 2.1 * temporary[1]
     lines = [len(p.as_text().splitlines()) for p in programs]
     assert max(lines) <= 1.25 * min(lines)
-
-
-def test_cudnn_off_a_gpu_says_why():
-    q, k, v, _, _ = inputs(8, dtype=jnp.bfloat16)
-    if jax.default_backend() == "gpu":
-        pytest.skip("this machine has a GPU")
-    with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
-        ops.attention(q, k, v, scale=1.0, implementation="cudnn")
-
-
-def test_cudnn_states_what_it_does_not_take():
-    q, k, v, _, segments = inputs(8, qk=8, value=8, dtype=jnp.bfloat16)
-    assert attention_cudnn.shape_obstacle(q, k, v, None) is None
-    assert "segment" in attention_cudnn.shape_obstacle(q, k, v, segments)
-    assert "float32" in attention_cudnn.shape_obstacle(*(x.astype(jnp.float32) for x in (q, k, v)), None)
-    assert "multiple of 8" in attention_cudnn.shape_obstacle(q[..., :5], k[..., :5], v[..., :5], None)
-
-
-def test_cudnn_lowers_for_cuda_with_unequal_heads(monkeypatch):
-    # Lowering asks the local device for its generation and its cuDNN; this machine may have neither.
-    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
-    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(fused, "check_compute_capability", lambda capability: True)
-    q = jax.ShapeDtypeStruct((2, 256, 4, 192), jnp.bfloat16)
-    v = jax.ShapeDtypeStruct((2, 256, 4, 128), jnp.bfloat16)
-
-    def loss(q, k, v):
-        return attention_cudnn.attention(q, k, v, scale=0.1).astype(jnp.float32).sum()
-
-    text = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, q, v).lower(lowering_platforms=("cuda",)).as_text()
-    assert "__cudnn$fmhaSoftmax" in text
-    assert "__cudnn$fmhaSoftmaxBackward" in text
-
-
-@pytest.mark.gpu
-def test_cudnn_is_the_reference():
-    q, k, v, g, _ = inputs(256, heads=4, qk=192, value=128, dtype=jnp.bfloat16)
-    got = value_and_gradients("cudnn", q * 0.1, k, v, g, None)
-    wanted = value_and_gradients("reference", *(x.astype(jnp.float32) for x in (q * 0.1, k, v, g)), None)
-    for a, b in zip(got, wanted, strict=True):
-        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.05 * float(jnp.abs(b).max()))
 
 
 def test_bad_arguments_say_what_would_be_valid():
