@@ -18,6 +18,7 @@ from deepseek_jax.evaluation.report import write_report
 from deepseek_jax.inference.generate import Generator, Sampling, bind
 from deepseek_jax.model.targets import Microbatch
 from deepseek_jax.parallel.sharding import BATCH_SPEC
+from deepseek_jax.paths import write_aside
 from deepseek_jax.training.experiment import Experiment
 from deepseek_jax.training.step import Trainer, TrainState
 
@@ -73,7 +74,7 @@ def finish_run(
     heldout: float | None,
     log: Callable[[str], None],
 ) -> float | None:
-    """Writes samples.jsonl, result.json and report.html; returns the held-out bits per byte."""
+    """Writes result.json, samples.jsonl and report.html; returns the held-out bits per byte."""
     if heldout is None and (judged := evaluator(state, complete=True)) is not None:
         heldout = judged.bits_per_byte
     if jax.process_index() != 0:
@@ -81,8 +82,6 @@ def finish_run(
     baselines = None
     if evaluator.documents:
         baselines = compression_baselines([(d.id, d.text.encode()) for d in evaluator.documents])
-    samples = _samples(experiment, state, tokenizer, step)
-    (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     result = {
         "heldout_bits_per_byte": heldout,
         "gzip": baselines and {"concatenated": baselines.gzip_concatenated, "per_file": baselines.gzip_per_file},
@@ -100,7 +99,10 @@ def finish_run(
             **{name: metadata.version(name) for name in ("jax", "flax", "optax", "grain", "orbax-checkpoint")},
         },
     }
-    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_aside(folder / "result.json", json.dumps(result, indent=1) + "\n")
+    # What was measured is kept whatever becomes of the samples.
+    samples = _samples(experiment, state, tokenizer, step)
+    write_aside(folder / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
     report = write_report(folder)
     _say(log, result, samples, report)
     return heldout
@@ -116,6 +118,8 @@ def _samples(experiment: Experiment, state: TrainState, tokenizer: Tokenizer, st
     generator = Generator(bind(experiment.model, params, bias))
     begin = [tokenizer.bos_id] if experiment.data.add_bos and tokenizer.bos_id is not None else []
     encoded = [[*begin, *map(int, tokenizer.encode(prompt))] for prompt in prompts]
+    # Without bos, what comes before a document is the end of another: there an empty prompt begins.
+    encoded = [tokens or [tokenizer.eos_id] for tokens in encoded]
     samples = []
     for method, sampling in (("greedy", GREEDY), ("temperature 0.8, top-p 0.95", WARM)):
         outputs = generator.generate(

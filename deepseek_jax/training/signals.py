@@ -21,6 +21,8 @@ class Signals:
     def __init__(self):
         self.received: int | None = None
         """The signal that came, if one did."""
+        self.answer = "saving after this step"
+        """What a first signal leads to, as the run says it when one comes; set it where that changes."""
 
     def __enter__(self) -> Signals:
         self._previous: dict[int, Any] = {}
@@ -41,7 +43,7 @@ class Signals:
             raise StoppedAtOnce(number)
         self.received = number
         # A large model's step takes a while, and whoever sees nothing happen asks again. A handler may not `print`.
-        os.write(2, f"{name_of(number)}: saving after this step; once more stops at once\n".encode())
+        os.write(2, f"{name_of(number)}: {self.answer}; once more stops at once\n".encode())
 
 
 def name_of(number: int) -> str:

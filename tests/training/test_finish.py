@@ -8,6 +8,7 @@ import html
 import json
 import lzma
 import os
+import shutil
 import signal
 import types
 from typing import Any
@@ -30,7 +31,7 @@ from tiny_run import (
 
 from deepseek_jax.data import Tokenizer, heldout_documents
 from deepseek_jax.inference.generate import Generator, bind_canonical
-from deepseek_jax.training import finish, loop
+from deepseek_jax.training import canonical, finish, loop
 from deepseek_jax.training.experiment import EvaluationConfig
 from deepseek_jax.training.finish import HeldoutEvaluator
 
@@ -134,6 +135,33 @@ def test_a_run_without_held_out_documents_ends_too(runs, tmp_path):
     assert "not recorded" in (tmp_path / "report.html").read_text()
     assert "bits per byte" not in printed
     assert printed.splitlines()[-1].split() == ["report", str(tmp_path / "report.html")]
+
+
+def test_an_empty_prompt_begins_after_the_end_of_a_document(runs, ended):
+    """Without bos there is nothing else to begin with."""
+    tokenizer = Tokenizer.load(ended.folder / "tokenizer.json")
+    arrays, _ = checkpoint(ended.folder, STEPS)
+    data = dataclasses.replace(runs.base.data, add_bos=False)
+    evaluation = dataclasses.replace(runs.base.evaluation, samples=("", "def"))
+    given = dataclasses.replace(runs.base, data=data, evaluation=evaluation)
+    trainer = loop.make_trainer(given)
+    state = canonical.from_canonical(trainer, {n: jax.numpy.asarray(a) for n, a in arrays.items()}, STEPS)
+    generator = Generator(bind_canonical(runs.base.model, {n: jax.numpy.asarray(a) for n, a in arrays.items()}))
+    prompts = [[tokenizer.eos_id], tokenizer.encode("def").tolist()]
+    outputs = generator.generate(prompts, max_new_tokens=8, sampling=finish.GREEDY, stop_ids=(tokenizer.eos_id,))
+    samples = finish._samples(given, state, tokenizer, STEPS)
+    assert [s["text"] for s in samples[:2]] == [tokenizer.decode(o, skip_specials=True) for o in outputs]
+
+
+def test_the_result_is_kept_where_sampling_fails(runs, ended, tmp_path, monkeypatch):
+    shutil.copytree(ended.folder, tmp_path / "run")
+    for name in ("result.json", "samples.jsonl", "report.html"):
+        (tmp_path / "run" / name).unlink()
+    monkeypatch.setattr(finish, "_samples", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(runs.base, tmp_path / "run", resume=True)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["gzip"] == ended.saved["gzip"]
+    assert not (tmp_path / "run" / "samples.jsonl").exists()
 
 
 def test_resuming_a_finished_run_writes_what_is_missing(runs, ended, monkeypatch):
