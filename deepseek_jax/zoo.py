@@ -14,15 +14,19 @@ def deepseek_v3(*, long_context: bool = False) -> ModelConfig:
     return ModelConfig(attention=AttentionConfig(yarn=yarn))
 
 
-def deepseek_v2_lite() -> ModelConfig:
-    """DeepSeek-V2-Lite 15.7B: no query compression, softmax router without bias (arXiv 2405.04434, appendix B)."""
+def deepseek_v2_lite(*, long_context: bool = False) -> ModelConfig:
+    """DeepSeek-V2-Lite 15.7B: no query compression, softmax router without bias (arXiv 2405.04434, appendix B).
+
+    `long_context` adds YaRN, as after the context extension and in the released weights.
+    """
+    yarn = YarnConfig(mscale=0.707, mscale_all_dim=0.707) if long_context else None
     return ModelConfig(
         vocab_size=102_400,
         hidden_size=2048,
         num_layers=27,
         num_dense_layers=1,
         dense_ffn_size=10_944,
-        attention=AttentionConfig(num_heads=16, q_lora_rank=None, yarn=YarnConfig(mscale=0.707, mscale_all_dim=0.707)),
+        attention=AttentionConfig(num_heads=16, q_lora_rank=None, yarn=yarn),
         moe=MoEConfig(
             num_experts=64,
             num_shared_experts=2,
@@ -84,5 +88,5 @@ def small() -> ModelConfig:
 
 
 def _scaled_init_std(hidden_size: int) -> float:
-    """The paper's 0.006 carried over from its width of 7168: activations keep their size as sqrt(width) shrinks."""
+    """The paper's 0.006 carried over from its width of 7168: std · sqrt(width) stays; see docs/design.md."""
     return round(0.006 * math.sqrt(7168 / hidden_size), 4)
