@@ -73,17 +73,32 @@ def test_accumulating_gradients_equals_one_big_batch(stepped, whole):
     assert_same(stepped(BATCH, microbatch_rows=1), whole)
 
 
-def test_recomputing_activations_changes_nothing(stepped, whole):
-    assert_same(stepped(BATCH, microbatch_rows=3, recompute=True), whole)
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_recomputing_activations_changes_nothing(stepped, whole, recompute):
+    assert_same(stepped(BATCH, microbatch_rows=3, recompute=recompute), whole)
+
+
+def test_unrolled_layers_change_nothing():
+    """Of three layers one by one, two in the first iteration and one left over, and all, though more are allowed."""
+    config = dataclasses.replace(CONFIG, num_layers=3, mtp_depth=0)
+
+    def step(unroll_layers):
+        runner = trainer(config, compute_dtype=jnp.float64, unroll_layers=unroll_layers)
+        return jax.tree.map(np.asarray, run_step(runner, initial_state(runner, jnp.float64), BATCH, HYPER()))
+
+    with jax.enable_x64(True):
+        one_by_one = step(1)
+        for unroll_layers in (2, 8):
+            assert_same(step(unroll_layers), one_by_one)
 
 
 def test_a_short_last_microbatch_is_padded_with_empty_rows(stepped, whole):
     # Five rows in microbatches of three: the sixth row is empty.
     five = padded(rows(BATCH, slice(5)), 1)
-    in_threes = stepped(five, microbatch_rows=3, recompute=True)
+    in_threes = stepped(five, microbatch_rows=3, recompute="full")
     assert_same(in_threes, stepped(five))
     turned = padded(rows(BATCH, [4, 3, 2, 1, 0]), 1)
-    assert_same(in_threes, stepped(turned, microbatch_rows=3, recompute=True))
+    assert_same(in_threes, stepped(turned, microbatch_rows=3, recompute="full"))
     assert in_threes[1].load.sum() < whole[1].load.sum()
 
 

@@ -2,13 +2,15 @@
 
     python -m tools.bench.train_step [--write]
 
-Both train `zoo.bench()` on 8 rows of 512 tokens in float32 with AdamW and clipping, on the same number of threads and
-with the same malloc settings, in processes of their own that take turns. Needs the `parity` extra.
+Both train `zoo.bench()` on 8 rows of 512 tokens in float32 with AdamW and clipping, on the same number of threads, in
+processes of their own that take turns; ours also with its layers unrolled, PyTorch with the malloc settings that our
+runs make for themselves and as it comes. Needs the `parity` extra.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -26,7 +28,13 @@ from experiments.run import keep_freed_memory, prepare_environment
 from tools.bench.common import LENGTH, ROWS, hugging_face_config, machine, make_trainer
 
 RESULT = Path(__file__).parent / "results" / "train_step.md"
-SIDES = {"deepseek_jax": "deepseek_jax, jax on CPU", "torch": "transformers DeepseekV3ForCausalLM, torch on CPU"}
+UNROLL_LAYERS = 8
+SIDES = {
+    "deepseek_jax": "deepseek_jax",
+    "unrolled": f"deepseek_jax, `parallel.unroll_layers={UNROLL_LAYERS}`",
+    "torch": "transformers on torch, our malloc settings",
+    "torch_as_it_comes": "transformers on torch, as it comes",
+}
 
 _SIDE = flags.DEFINE_enum("side", None, list(SIDES), "measure one side in this process and print its result as JSON")
 _TURNS = flags.DEFINE_integer("turns", 3, "processes per side")
@@ -36,10 +44,15 @@ _WRITE = flags.DEFINE_bool("write", False, f"write the table to {RESULT.name} in
 
 
 def main(argv):
-    """Measures one side, or both in turns, and prints the table."""
+    """Measures one side, or all in turns, and prints the table."""
     del argv
     if _SIDE.value:
-        measure = {"deepseek_jax": measure_deepseek_jax, "torch": measure_torch}[_SIDE.value]
+        measure = {
+            "deepseek_jax": measure_deepseek_jax,
+            "unrolled": functools.partial(measure_deepseek_jax, unroll_layers=UNROLL_LAYERS),
+            "torch": measure_torch,
+            "torch_as_it_comes": functools.partial(measure_torch, tune_malloc=False),
+        }[_SIDE.value]
         print(json.dumps(measure(zoo.bench(), _STEPS.value, _THREADS.value)))
         return
     results: dict[str, list[dict]] = {side: [] for side in SIDES}
@@ -89,13 +102,13 @@ def timed(step, steps: int) -> dict:
     }
 
 
-def measure_deepseek_jax(config: ModelConfig, steps: int, threads: int) -> dict:
+def measure_deepseek_jax(config: ModelConfig, steps: int, threads: int, *, unroll_layers: int = 1) -> dict:
     """The jitted train step of this library, data-parallel over one virtual device per core, as the quickstart runs."""
     bind(threads)
     prepare_environment(os.environ, virtual_devices=threads)
     import jax
 
-    trainer, batch, hyper = make_trainer(config)
+    trainer, batch, hyper = make_trainer(config, unroll_layers=unroll_layers)
     state = trainer.initial_state(0)
 
     def step() -> float:
@@ -107,10 +120,11 @@ def measure_deepseek_jax(config: ModelConfig, steps: int, threads: int) -> dict:
     return timed(step, steps)
 
 
-def measure_torch(config: ModelConfig, steps: int, threads: int) -> dict:
+def measure_torch(config: ModelConfig, steps: int, threads: int, *, tune_malloc: bool = True) -> dict:
     """A plain PyTorch loop on Hugging Face's model, with fused AdamW."""
     bind(threads)
-    keep_freed_memory()
+    if tune_malloc:
+        keep_freed_memory()
     import torch
     import transformers
 
@@ -145,14 +159,15 @@ def report(results: dict[str, list[dict]]) -> str:
         f"tokens, float32, {_THREADS.value} threads on {machine()}; {versions}. Turns alternate; each number is the "
         f"median of {_STEPS.value} steps of one process, without the first two.",
         "",
-        "| | tokens/s, median | each turn | first step |",
-        "|---|---|---|---|",
+        "| | tokens/s, median | each turn | first step | times torch | times torch as it comes |",
+        "|---|---|---|---|---|---|",
     ]
     for side, label in SIDES.items():
         turns = ", ".join(f"{rate:,.0f}" for rate in rates[side])
         first = statistics.median(run["first_step_seconds"] for run in results[side])
-        lines.append(f"| {label} | {medians[side]:,.0f} | {turns} | {first:.1f} s |")
-    lines += ["", f"Ratio of the medians: **{medians['deepseek_jax'] / medians['torch']:.2f}**.", ""]
+        ratios = " | ".join(f"{medians[side] / medians[peer]:.2f}" for peer in ("torch", "torch_as_it_comes"))
+        lines.append(f"| {label} | {medians[side]:,.0f} | {turns} | {first:.1f} s | {ratios} |")
+    lines += ["", "jax and torch on CPU; torch trains `DeepseekV3ForCausalLM` with fused AdamW.", ""]
     return "\n".join(lines)
 
 
