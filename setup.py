@@ -21,6 +21,8 @@ CORE = [
     "matplotlib>=3.8",
 ]
 
+TOOLS = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13"]
+
 setup(
     name="deepseek_jax",
     version="0.1.0",
@@ -38,6 +40,7 @@ setup(
         "wandb": ["wandb>=0.17"],
         "gcs": ["etils[epath-gcs]>=1.9"],
         "s3": ["etils[epath-s3]>=1.9"],
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13"],
+        "tools": TOOLS,
+        "dev": TOOLS,  # the same under another name
     },
 )
