@@ -37,11 +37,17 @@ class SplitSource:
 
 
 def load_corpus(config: DataConfig) -> tuple[SplitSource, ...]:
-    """Opens and splits every source of `config`; the second call with the same sources costs nothing.
+    """Opens and splits every source of `config`; the second call with the same sources costs nothing, and sees no
+    change of their files before `forget_corpora`.
 
     Raises `DataError` if a source is missing, empty or broken, or too small for the held-out split.
     """
     return _load(config.sources, config.heldout_fraction, config.heldout_min_documents)
+
+
+def forget_corpora() -> None:
+    """Makes the next `load_corpus` look at the files anew: for another run in a process that lives on, a notebook's."""
+    _load.cache_clear()
 
 
 def heldout_documents(config: DataConfig) -> list[Document]:

@@ -8,7 +8,8 @@ number of hosts, and the state of a run is a row number and the state of each sh
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import grain
 import numpy as np
@@ -17,6 +18,7 @@ from deepseek_jax.config import require
 from deepseek_jax.data.boundary import CombinedTokens
 from deepseek_jax.data.config import DataConfig
 from deepseek_jax.data.corpus import SplitSource, load_corpus
+from deepseek_jax.data.errors import DataError
 from deepseek_jax.data.fim import check_fim, rearrange
 from deepseek_jax.data.packing import pack
 from deepseek_jax.data.rows import RowIterator
@@ -58,8 +60,9 @@ def train_rows(
         shard: iter(pack(_deal(stream, shard, config.virtual_shards, seed).to_iter_dataset(reading), row_length))
         for shard in range(host_index, config.virtual_shards, host_count)
     }
-    return RowIterator(
+    return _CheckedRows(
         shards,
+        epochs=config.epochs,
         row_length=row_length,
         virtual_shards=config.virtual_shards,
         pad_id=tokenizer.pad_id,
@@ -67,6 +70,29 @@ def train_rows(
         host_count=host_count,
         identity=_identity(config, corpus, tokenizer, seed),
     )
+
+
+class _CheckedRows(RowIterator):
+    """Refuses a state that lies beyond the last epoch, and takes those of older versions, which tell no sizes."""
+
+    def __init__(self, shards: Mapping[int, grain.DatasetIterator], *, epochs: int | None, **settings: Any):
+        super().__init__(shards, **settings)
+        self._epochs = epochs
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        if "identity" in state:
+            state = {**state, "identity": {_SIZES: self._identity[_SIZES], **state["identity"]}}
+        try:
+            super().set_state(state)
+        except DataError:
+            raise
+        except (IndexError, ValueError, StopIteration) as error:  # which of them depends on where Grain finds the end
+            if self._epochs is None:
+                raise
+            raise DataError(
+                f"the run has read beyond data.epochs={self._epochs} already, by row {state['row']}; "
+                "set data.epochs higher, or none"
+            ) from error
 
 
 def _token_stream(
@@ -162,6 +188,10 @@ def _hash_int(*parts: int, bits: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=bits // 8).digest(), "big")
 
 
+_SIZES = "the bytes of data.sources"
+"""In `_identity`: an edited file keeps its name."""
+
+
 def _identity(config: DataConfig, corpus: tuple[SplitSource, ...], tokenizer: Tokenizer, seed: int) -> dict:
     """What must not change between saving a run's place in its data and going on from there."""
     fields = ("sequence_length", "fim_rate", "split_combined_rate", "add_bos", "virtual_shards")
@@ -170,5 +200,6 @@ def _identity(config: DataConfig, corpus: tuple[SplitSource, ...], tokenizer: To
         "seed": seed,
         "tokenizer": tokenizer.fingerprint(),
         "the training documents": [source.identity() for source in corpus],
+        _SIZES: [source.documents.total_bytes for source in corpus],
         "the weights of data.sources": [source.weight for source in corpus],
     }
