@@ -86,8 +86,9 @@ def dot_flops_inside_loops(jaxpr):
             (left, _), _ = equation.params["dimension_numbers"]
             contracted = np.prod([equation.invars[0].aval.shape[d] for d in left])
             total += 2 * contracted * np.prod(equation.outvars[0].aval.shape)
-        for sub in jax.core.jaxprs_in_params(equation.params):
-            total += dot_flops_inside_loops(sub)
+        for value in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(value, "jaxpr", value)
+            total += dot_flops_inside_loops(inner) if hasattr(inner, "eqns") else 0
     return total
 
 
