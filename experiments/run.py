@@ -252,7 +252,10 @@ def _module_exists(module: str) -> bool:
 
 
 def prepare_environment(environment: MutableMapping[str, str], *, virtual_devices: int = 0) -> None:
-    """Sets what jax and XLA read when jax is imported; call it before that. What the user set is kept."""
+    """Sets what jax and XLA read when jax is imported; call it before that.
+
+    What the user set is kept, but for JAX_PLATFORMS where there are virtual devices: only the CPU has these.
+    """
     keep_freed_memory()
     if not virtual_devices:
         return

@@ -6,7 +6,7 @@ land, so a checkpoint written by one mesh restores on any other, straight to the
 
     checkpoints/
       1200/                      one directory per step; it exists under this name only once it is complete
-        arrays/                  Orbax (TensorStore OCDBT): `layers.3.attention.kv_a.weight`, `mu/layers.3…`
+        arrays/                  Orbax (TensorStore OCDBT): `layers.3.attention.kv_a.weight`, `optimizer.0.mu/layers.3…`
         documents/documents.json config, data iterator state, meta: whatever JSON the run handed over
         index/index.json         shape and dtype of every entry, and the metric
       1300.orbax-checkpoint-tmp/ a save in flight, or what a killed process left behind; never read
@@ -216,7 +216,7 @@ class CheckpointStore:
         Args:
           step: a step of `steps()`.
           templates: global shape, dtype and sharding by name; no sharding means this process's first device.
-          skip: prefixes of names that may stay on disk, such as `("mu/", "nu/")` for weights without moments, or
+          skip: prefixes of names that may stay on disk, such as `("optimizer.",)` for weights without moments, or
             `("",)` for just the named entries. Any other entry without a template is an error.
 
         Returns:

@@ -47,7 +47,8 @@ class OptimizerConfig:
     def make(self, specs: Tree) -> optax.GradientTransformation:
         """The transformation of gradients, without learning rate and clipping, which the step applies.
 
-        Checkpoints take any state that optax makes of the parameters. `specs` are the parameters' declarations.
+        `specs` are the parameters' declarations. Its state may hold moments that are shaped like the parameters, and
+        arrays besides, such as a count; checkpoints take no moments of other shapes, as Adafactor factors them.
         """
         return adamw(self, specs)
 
@@ -113,6 +114,9 @@ def map_moments(
 
     Each part that is shaped like the parameters, such as `0.mu`, becomes `function(path, part)`; every other leaf,
     such as a count, becomes `other("optimizer.<path>", leaf)`.
+
+    Raises:
+      ConfigError: a part has the parameters' structure and other shapes, as Adafactor's factored moments have.
     """
     structure: Any = jax.tree.structure(params)  # jax's stubs do not say that structures compare
 
@@ -121,6 +125,14 @@ def map_moments(
 
     def visit(path, node: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        return function(name, node) if like_params(node) else other(f"optimizer.{name}", node)
+        if not like_params(node):
+            return other(f"optimizer.{name}", node)
+        for leaf, parameter in zip(jax.tree.leaves(node), jax.tree.leaves(params), strict=True):
+            require(
+                leaf.shape == parameter.shape,
+                f"the optimizer's {name} has an array of shape {leaf.shape} for a parameter of {parameter.shape}, and "
+                "checkpoints take moments of the parameters' shapes alone; choose an optimizer that factors none",
+            )
+        return function(name, node)
 
     return jax.tree_util.tree_map_with_path(visit, opt_state, is_leaf=like_params)
