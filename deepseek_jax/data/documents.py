@@ -94,7 +94,8 @@ def decode_utf8(data: bytes, where: str, offset: int = 0) -> str:
 def list_files(path: str, patterns: tuple[str, ...]) -> list[tuple[str, epath.Path]]:
     """`(relative name, path)` of a file, of a folder's files that match `patterns`, or of a glob's; sorted by name.
 
-    Hidden files and folders are passed over. Raises `DataError` if there is nothing.
+    Hidden files and folders are passed over, links are followed. Raises `DataError` if there is nothing, or a folder
+    cannot be read.
     """
     root = user_path(path, "the corpus")
     wildcard = next((i for i, part in enumerate(root.parts) if any(c in part for c in "*?[")), None)

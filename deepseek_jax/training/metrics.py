@@ -223,9 +223,7 @@ def _drop_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:
             continue  # torn by the end of the process that wrote it
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)
+    write_aside(path, "".join(kept))
 
 
 def _plain(value: Any) -> Value:
