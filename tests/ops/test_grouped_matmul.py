@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from deepseek_jax import ops
 from deepseek_jax.ops.grouped_matmul import group_starts, quarter_rows, tile_counts, tile_rows
@@ -86,9 +87,8 @@ def dot_flops_inside_loops(jaxpr):
             (left, _), _ = equation.params["dimension_numbers"]
             contracted = np.prod([equation.invars[0].aval.shape[d] for d in left])
             total += 2 * contracted * np.prod(equation.outvars[0].aval.shape)
-        for value in jax.tree.leaves(list(equation.params.values())):
-            inner = getattr(value, "jaxpr", value)
-            total += dot_flops_inside_loops(inner) if hasattr(inner, "eqns") else 0
+        for sub in jaxprs_in_params(equation.params):
+            total += dot_flops_inside_loops(sub)
     return total
 
 
