@@ -94,12 +94,12 @@ def letters(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
 def test_a_mixture_holds_its_weights_over_many_rows(mixture, tokenizer):
     """To two hundredths of the text over all rows, and not far from it in any stretch."""
     iterator = train_rows(mixture, tokenizer, seed=0)
-    parts = np.array([letters(iterator.next_batch(512)["tokens"], tokenizer) for _ in range(6)])
+    parts = np.array([letters(iterator.next_batch(512)["tokens"], tokenizer) for _ in range(4)])
     iterator.close()
     total, expected = parts.sum(axis=0), np.array(list(SHARES.values())) / sum(SHARES.values())
-    assert total.sum() > 300_000
+    assert total.sum() > 200_000
     np.testing.assert_allclose(total / total.sum(), expected, atol=0.02)
-    np.testing.assert_allclose(parts / parts.sum(axis=1, keepdims=True), np.tile(expected, (6, 1)), atol=0.08)
+    np.testing.assert_allclose(parts / parts.sum(axis=1, keepdims=True), np.tile(expected, (4, 1)), atol=0.08)
 
 
 # --- hosts ---
