@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import tempfile
@@ -65,6 +66,8 @@ def check_writable(folder: epath.PathLike, what: str) -> None:
 def write_aside(path: epath.PathLike, text: str) -> None:
     """Writes a file in UTF-8 beside its place, then moves it there: what dies on the way leaves no half of a file."""
     target = epath.Path(path)
+    if target.is_dir():  # said as `open` says it; etils would leave out the number
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
     partial = target.parent / f"{target.name}.{os.getpid()}.partial"
     try:
         partial.write_bytes(text.encode())

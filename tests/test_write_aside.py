@@ -30,3 +30,11 @@ def test_a_full_disk_leaves_the_old_file_and_no_half_of_the_new_one(tmp_path, mo
     with pytest.raises(OSError, match="No space left"):
         write_aside(str(tmp_path / "a.txt"), "new and longer")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.txt": "old"}
+
+
+def test_a_folder_in_its_place_is_told_as_by_the_system(tmp_path):
+    (tmp_path / "a.txt").mkdir()
+    with pytest.raises(IsADirectoryError, match=rf"Is a directory: '{tmp_path}/a.txt'$") as told:
+        write_aside(tmp_path / "a.txt", "text")
+    assert told.value.errno == errno.EISDIR
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
