@@ -13,6 +13,7 @@ import enum
 import json
 import math
 import os
+import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -196,7 +197,7 @@ def save_config(config: Any, path: str | os.PathLike) -> None:
     target = user_path(path, "the config")
     target.parent.mkdir(parents=True, exist_ok=True)
     # Written aside, then moved: a run that dies here leaves the old file or the new one, never half of one.
-    partial = target.parent / f"{target.name}.{os.getpid()}.partial"
+    partial = target.parent / f"{target.name}.{uuid.uuid4().hex}.partial"
     partial.write_text(json.dumps(to_dict(config), indent=2, allow_nan=False) + "\n")
     partial.replace(target)
 

@@ -55,6 +55,7 @@ class NonFiniteGuard:
     def _stop(self, step: int, batch: Microbatch, what: str) -> NoReturn:
         host = f"_host_{jax.process_index()}" if jax.process_count() > 1 else ""
         path = self._folder / f"nonfinite_step_{step}{host}.npz"
+        self._folder.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
             np.savez_compressed(file, **batch._asdict())
         raise NonFiniteLossError(

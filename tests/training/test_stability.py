@@ -104,6 +104,15 @@ def test_a_state_that_is_not_finite_is_the_fault_of_the_latest_step(guard, tmp_p
     np.testing.assert_array_equal(np.load(path)["tokens"], batch(2).tokens)
 
 
+def test_the_folder_is_made_where_there_is_none_yet(tmp_path):
+    """Another host may be the one that makes the run's folder, and on a disk of its own."""
+    guard = NonFiniteGuard(epath.Path(tmp_path) / "runs" / "one")
+    guard.watch(1, metrics(loss=NAN), batch(1))
+    with pytest.raises(NonFiniteLossError, match="step 1: "):
+        guard.check()
+    assert (tmp_path / "runs" / "one" / "nonfinite_step_1.npz").exists()
+
+
 def test_each_host_saves_its_own_rows(guard, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     monkeypatch.setattr(jax, "process_index", lambda: 3)
