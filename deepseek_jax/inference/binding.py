@@ -63,8 +63,13 @@ def bind_canonical(config: ModelConfig, arrays: Mapping[str, jax.Array], *, dtyp
 
 
 def create(config: ModelConfig, seed: int = 0, *, dtype=jnp.float32) -> Transformer:
-    """The model with the initial weights that a training run of this seed starts from, on one device."""
-    return bind(config, *(layout.initial(seed, dtype) for layout in _layouts(config)))
+    """The model with the initial weights that a training run of this seed starts from, on one device.
+
+    They are drawn in float32, or in `dtype` where it is wider; `dtype` is what they are cast to, except those kept in
+    full precision (norms, router).
+    """
+    drawn = jnp.promote_types(dtype, jnp.float32)
+    return bind(config, *(layout.initial(seed, drawn) for layout in _layouts(config)), dtype=dtype)
 
 
 def _layouts(config: ModelConfig) -> tuple[ParameterLayout, ParameterLayout]:

@@ -86,8 +86,7 @@ class Generator:
             top_p=np.float32(sampling.top_p),
             seed=np.uint32(sampling.seed),
         )
-        is_greedy = sampling.temperature == 0
-        new, counts, _ = _decode(self._graphdef, self._weights, logits, cache, request, greedily=is_greedy)
+        new, counts, _ = _decode(self._graphdef, self._weights, logits, cache, request, greedily=sampling.greedy)
         new, counts = jax.device_get((new, counts))
         return [new[row, lengths[row] :][: counts[row]].tolist() for row in range(len(prompts))]
 

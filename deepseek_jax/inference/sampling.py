@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,11 @@ class Sampling:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"sampling.seed must be from 0 to 2**32 - 1, not {self.seed}")
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken: temperatures that float32 cannot tell from 0 are 0."""
+        return self.temperature < float(np.finfo(np.float32).tiny)
+
 
 def top_p_mask(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
     """bool `[..., V]`: the smallest set of most likely tokens of logits `[..., V]` with probability at least `top_p`.
@@ -46,7 +52,8 @@ def top_p_mask(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
 
 def draw(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
     """One token per row, int32 `[B]`, of logits `[B, V]` by keys `[B]`; `temperature` must be positive."""
-    logits = logits / temperature
+    # The maximum is taken off first: a small temperature then makes -inf of the others, not inf of them all.
+    logits = (logits - logits.max(axis=-1, keepdims=True)) / temperature
     logits = jnp.where(top_p_mask(logits, top_p), logits, -jnp.inf)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from deepseek_jax.inference.binding import _layouts, bind, bind_canonical, create
 from deepseek_jax.tree import flatten
@@ -35,6 +36,19 @@ def test_a_dtype_spares_what_is_kept_in_full_precision(trees):
     assert model.moe.ffn.experts.down[...].dtype == jnp.bfloat16
     assert model.moe.ffn.router.weight[...].dtype == model.final_norm.scale[...].dtype == jnp.float32
     assert model.moe.ffn.router.bias[...].dtype == jnp.float32
+
+
+def test_weights_are_drawn_in_float32_and_only_matrices_are_cast(trees):
+    """`create` in bfloat16 is what a run of the same seed starts from, rounded; norms and router are not rounded."""
+    model, expected = create(CONFIG, dtype=jnp.bfloat16), bind(CONFIG, *trees, dtype=jnp.bfloat16)
+    arrays, wanted = (flatten(nnx.to_pure_dict(nnx.state(m))) for m in (model, expected))
+    for name, array in arrays.items():
+        full_precision = "norm" in name or "router" in name
+        assert array.dtype == (jnp.float32 if full_precision else jnp.bfloat16), name
+        np.testing.assert_array_equal(array, wanted[name], err_msg=name)
+    with jax.enable_x64(True):
+        wide = nnx.to_pure_dict(nnx.state(create(CONFIG, dtype=jnp.float64)))
+    assert {array.dtype.name for array in jax.tree.leaves(wide)} == {"float64"}
 
 
 def test_other_weights_are_refused(trees):

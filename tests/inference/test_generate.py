@@ -55,6 +55,7 @@ def test_seeds_reproduce_and_differ_and_equal_prompts_draw_on_their_own(model32)
 def test_temperature_zero_is_greedy_and_so_is_a_tiny_top_p(model32):
     expected = generate(model32, PROMPTS, max_new_tokens=12)
     assert generate(model32, PROMPTS, max_new_tokens=12, sampling=Sampling(temperature=0, seed=9)) == expected
+    assert generate(model32, PROMPTS, max_new_tokens=12, sampling=Sampling(temperature=1e-50, seed=9)) == expected
     only_best = Sampling(temperature=1.0, top_p=1e-6)
     assert generate(model32, PROMPTS, max_new_tokens=12, sampling=only_best) == expected
 

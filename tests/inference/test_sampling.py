@@ -50,6 +50,23 @@ def test_draws_follow_the_distribution_within_the_kept_set():
     np.testing.assert_allclose(frequencies, np.array([0, 0.25, 0.0625, 0]) / 0.3125, atol=0.03)
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-37])
+def test_a_tiny_temperature_draws_the_most_likely_token(temperature):
+    """Logits of 40 over 1e-37 are past the largest float32; the answer still is the largest, or one of equals."""
+    logits = jnp.array([[3.0, 40.0, 7.0, -2.0], [-5.0, -4.0, -7.0, -4.0]])
+    keys = jax.random.split(jax.random.key(0), 2)
+    for top_p in (0.9, 1.0):
+        drawn = draw(logits, keys, jnp.float32(temperature), jnp.float32(top_p)).tolist()
+        assert drawn[0] == 1
+        assert drawn[1] in (1, 3)
+
+
+@pytest.mark.parametrize(("temperature", "expected"), [(0.0, True), (1e-50, True), (1e-40, True), (1e-37, False)])
+def test_what_float32_cannot_tell_from_zero_is_greedy(temperature, expected):
+    """1e-50 is 0 in float32, and 1e-40 is subnormal, which a device may take for 0."""
+    assert Sampling(temperature=temperature).greedy is expected
+
+
 def test_greedy_takes_the_first_of_equals():
     assert greedy(jnp.array([[0.0, 2.0, 2.0], [3.0, 1.0, 2.0]])).tolist() == [1, 0]
 
