@@ -292,11 +292,11 @@ def _number(value: Any, form: str) -> str:
 
 def _count(value: Any) -> str:
     def short(number: float) -> str:
-        for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
-            if number >= size:
-                unit = 1e3 if letter == "k" else size
-                return f"{number / unit:.3g}{letter}"
-        return f"{number:,.0f}"
+        if number < 1e4:
+            return f"{number:,.0f}"
+        rounded = float(f"{number:.3g}")  # first, or 999,950 would be a thousand k
+        unit, letter = next(u for u in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")) if rounded >= u[0])
+        return f"{rounded / unit:.3g}{letter}"
 
     return _formatted(value, short)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.evaluation import report_plots
-from deepseek_jax.evaluation.report import ReportError, write_report
+from deepseek_jax.evaluation.report import ReportError, _count, write_report
 from tools import report as tool
 
 LAYERS, EXPERTS = 3, 8
@@ -204,6 +204,15 @@ def test_the_heat_map_shows_the_loads_of_every_layer():
         np.testing.assert_allclose(image[:, -1], loads[-1, layer] * EXPERTS)
         np.testing.assert_allclose(image.mean(), 1.0)
         assert axes.images[0].get_extent()[:2] == [0, 9990]
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (9_999, "9,999"), (10_000, "10k"), (999_499, "999k"), (999_950, "1M"), (19_834_112, "19.8M")]
+    + [(999_600_000, "1B"), (671_026_000_000, "671B"), (14.8e12, "14.8T"), (None, "not recorded")],
+)
+def test_counts_have_three_digits_and_a_letter(number, text):
+    assert _count(number) == text
 
 
 def test_many_layers_fit():
