@@ -6,6 +6,7 @@ import errno
 import importlib.util
 import os
 import tempfile
+import uuid
 from pathlib import Path
 
 from etils import epath
@@ -68,7 +69,7 @@ def write_aside(path: epath.PathLike, text: str) -> None:
     target = epath.Path(path)
     if target.is_dir():  # said as `open` says it; etils would leave out the number
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
-    partial = target.parent / f"{target.name}.{os.getpid()}.partial"
+    partial = target.parent / f"{target.name}.{uuid.uuid4().hex}.partial"
     try:
         partial.write_bytes(text.encode())
         partial.replace(target)
