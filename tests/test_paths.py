@@ -13,7 +13,7 @@ from deepseek_jax.config_io import load_config, save_config
 from deepseek_jax.data import ArrayRecord, Jsonl, Parquet, TextFiles, Tokenizer
 from deepseek_jax.data.sources import open_documents
 from deepseek_jax.paths import check_writable, local_path, user_path
-from deepseek_jax.training import loop
+from deepseek_jax.training import start
 from deepseek_jax.training.checkpoint import CheckpointStore
 from deepseek_jax.training.experiment import CheckpointConfig
 from deepseek_jax.training.loop import train
@@ -137,7 +137,7 @@ def test_a_run_tries_its_folders_before_it_reads_or_computes_anything(
     def too_late(*arguments, **settings):
         raise AssertionError("the data was read first")
 
-    monkeypatch.setattr(loop, "make_tokenizer", too_late)
+    monkeypatch.setattr(start, "make_tokenizer", too_late)
     (tmp_path / "file").touch()
     directory = checkpoints and str(tmp_path / checkpoints)
     experiment = dataclasses.replace(tiny.pretrain(), checkpoint=CheckpointConfig(directory=directory))

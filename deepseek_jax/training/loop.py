@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import time
 from typing import Any, Literal
 
@@ -14,28 +12,36 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding
 
-from deepseek_jax.config import ConfigError, ModelConfig, require
-from deepseek_jax.config_io import from_dict, save_config, to_dict
-from deepseek_jax.data import RowIterator, Tokenizer, check_vocab, make_tokenizer, train_rows
+from deepseek_jax.config_io import to_dict
+from deepseek_jax.data import check_vocab, merge_states, train_rows
+from deepseek_jax.data.corpus import forget_corpora
 from deepseek_jax.model.targets import Microbatch
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.parallel import hosts
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.placement import place
 from deepseek_jax.parallel.sharding import BATCH_SPEC
-from deepseek_jax.paths import check_writable, local_path, user_path
+from deepseek_jax.paths import check_writable, local_path
 from deepseek_jax.planning.flops import training_flops_per_token
 from deepseek_jax.training import canonical
-from deepseek_jax.training.checkpoint import CheckpointError, CheckpointStore, check_compatible
+from deepseek_jax.training.checkpoint import CheckpointStore
 from deepseek_jax.training.experiment import Experiment
 from deepseek_jax.training.finish import HeldoutEvaluator, finish_run
-from deepseek_jax.training.metrics import JSONL_NAME, MetricsWriter, check_wandb
+from deepseek_jax.training.metrics import MetricsWriter, check_wandb
 from deepseek_jax.training.profiling import StepTrace, measure_matmul_peak
 from deepseek_jax.training.progress import Progress, TrainingClock, human_count
 from deepseek_jax.training.signals import Signals, name_of
 from deepseek_jax.training.stability import NonFiniteGuard
+from deepseek_jax.training.start import (
+    check_batches,
+    check_folder,
+    find_tokenizer,
+    latest_step,
+    restore,
+    save_beginnings,
+    with_absolute_directory,
+)
 from deepseek_jax.training.step import Hyperparameters, StepConfig, StepMetrics, Trainer, TrainState
-
-TOKENIZER_NAME = "tokenizer.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +87,9 @@ def train(
 ) -> RunResult:
     """Trains `experiment` in the folder `workdir`, from nothing or, with `resume`, from its last checkpoint.
 
-    SIGINT and SIGTERM end it after the step at hand, with a checkpoint; a second one at once, without.
+    SIGINT and SIGTERM end it after the step at hand, with a checkpoint; a second one at once, without. Where there
+    are several processes (`jax.distributed`), all call this with the same arguments and folders that all of them
+    reach: each reads its part of the data, process 0 writes, and a signal to one ends all.
 
     Args:
       experiment: the run.
@@ -97,6 +105,7 @@ def train(
     started = time.monotonic()
     folder = local_path(workdir, "the workdir")
     use_compile_cache(exact_names=profile is not None)
+    forget_corpora()  # an earlier run of this process may have read other files under these names
 
     # --- mesh and model: abstract, so that a wrong config costs nothing ---
     trainer = make_trainer(experiment)
@@ -105,14 +114,15 @@ def train(
         keep_last=experiment.checkpoint.keep_last,
         keep_best=experiment.checkpoint.keep_best,
     )
+    experiment = with_absolute_directory(experiment, store)
     check_writable(folder, "the workdir")
     check_writable(store.directory, "the checkpoint folder")
     check_wandb(experiment.logging.wandb)
-    if not resume:
-        _require_new(folder, store)
+    check_batches(experiment.schedule, jax.process_count())
+    check_folder(experiment, folder, store, resume=resume)
 
     # --- tokenizer and data ---
-    tokenizer = _tokenizer(experiment, folder, resume)
+    tokenizer = find_tokenizer(experiment, folder, resume=resume)
     check_vocab(tokenizer, experiment.model.vocab_size)
     rows = train_rows(
         experiment.data,
@@ -125,20 +135,20 @@ def train(
 
     # --- state: from the newest checkpoint, or from the seed, where a run that died before its first one was ---
     identity = {"model": to_dict(experiment.model), "tokenizer_fingerprint": tokenizer.fingerprint()}
-    if resume and store.latest_step() is not None:
-        state, step, tokens, seconds = _restore(store, trainer, rows, identity)
+    latest = latest_step(store)  # before that, every process has checked the folder
+    if latest is not None:
+        state, step, tokens, seconds = restore(store, latest, trainer, rows, identity, type(experiment.model))
     else:
         state, step, tokens, seconds = trainer.initial_state(experiment.seed), 0, 0, 0.0
     started -= seconds
 
     # --- steps: only now, when nothing of it can be wrong any more, does the folder change ---
     run = _Run(experiment, trainer, rows, store, identity, evaluator, folder, started, step if resume else None)
-    _save_tokenizer(tokenizer, folder)
-    save_config(experiment, folder / "config.json")
+    save_beginnings(experiment, tokenizer, folder)
     with store, Signals() as signals, StepTrace(folder / "profile", profile) as trace, run:
         state, step, tokens, last = run.steps(state, step, tokens, signals, trace)
-        if signals.received is not None:
-            return RunResult("interrupted", step, tokens, workdir, signals.received, last)
+        if run.stopped_by is not None:
+            return RunResult("interrupted", step, tokens, workdir, run.stopped_by, last)
         result = finish_run(
             experiment, trainer, state, tokenizer, evaluator, folder,
             step=step, tokens=tokens, seconds=time.monotonic() - started, heldout=last, log=run.progress.log,
@@ -152,6 +162,9 @@ class _Run:
     def __init__(self, experiment, trainer, rows, store, identity, evaluator, folder, started, resume_step):
         self.experiment, self.trainer, self.rows, self.store = experiment, trainer, rows, store
         self.identity, self.evaluator, self.started, self.resume_step = identity, evaluator, started, resume_step
+        self.saved_step = resume_step or 0
+        self.stopped_by: int | None = None
+        """The signal that came, to this process or another."""
         self.writer = MetricsWriter(
             folder,
             tensorboard=experiment.logging.tensorboard,
@@ -170,9 +183,9 @@ class _Run:
     def __enter__(self):
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, *exception: object) -> None:
         self.rows.close()
-        self.writer.close()
+        self.writer.close(failed=kind is not None)
 
     def steps(self, state: TrainState, step: int, tokens: int, signals: Signals, trace: StepTrace):
         """Steps until the tokens are spent, the data ends or a signal comes; returns the state and where it is."""
@@ -182,7 +195,7 @@ class _Run:
         self.progress = Progress(schedule.total_tokens, start_tokens=tokens, clock=self.clock)
         with self.progress:
             self._announce(step, tokens)
-            while not last and signals.received is None:
+            while not last and self._agree_to_stop(signals) is None:
                 try:
                     batch = self.next_batch(schedule.rows(tokens))
                 except StopIteration:  # a finished run, resumed
@@ -201,20 +214,26 @@ class _Run:
                     self.save(state, step, tokens, metric)
                 if last:  # beside the writing, so that what kills a run in a long evaluation finds its end saved
                     heldout = self._evaluate_all(state, step, tokens, metric)
-            if self.store.latest_step() != step and step > 0:
+            if step != self.saved_step:
                 self.save(state, step, tokens, metric)
-            if signals.received is not None:
+            if (number := self._agree_to_stop(signals)) is not None:
                 self.store.wait()
                 done = f"saved step {step} ({human_count(tokens)} tokens) to {self.store.directory}"
-                self.progress.log(f"{name_of(signals.received)}: {done if step else 'nothing to save before a step'}")
+                self.progress.log(f"{name_of(number)}: {done if step else 'nothing to save before a step'}")
             elif tokens < schedule.total_tokens:
                 ended = f"the data ended after {human_count(tokens)} of {human_count(schedule.total_tokens)} tokens"
                 self.progress.log(f"{ended}: data.epochs is {experiment.data.epochs}")
         return state, step, tokens, heldout
 
+    def _agree_to_stop(self, signals: Signals) -> int | None:
+        """The signal that came to any process: the processes leave after the same step, or they would wait forever."""
+        self.stopped_by = hosts.highest(signals.received or 0) or None
+        return self.stopped_by
+
     def next_batch(self, rows: int) -> _Batch:
         """The next `rows` sequences on the devices, padded with empty ones to what the mesh and microbatches need."""
         host = self.rows.next_batch(rows)
+        is_last = self._is_last(host)
         parallel = self.experiment.parallel
         multiple = parallel.batch_shards * (parallel.microbatch_rows or 1) // jax.process_count()
         missing = -host["tokens"].shape[0] % max(multiple, 1)
@@ -222,9 +241,19 @@ class _Run:
         sharding = NamedSharding(self.trainer.mesh, BATCH_SPEC)
         on_host = Microbatch(**{name: padded[name] for name in Microbatch._fields})
         device = jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), on_host)
-        # Several hosts end at different steps and must agree on one, so they go on with padding.
-        is_last = self.rows.exhausted and jax.process_count() == 1
         return _Batch(on_host, device, rows, rows * self.experiment.data.sequence_length, is_last)
+
+    def _is_last(self, batch: dict[str, np.ndarray]) -> bool:
+        """Whether no process has a row after this batch; raises `StopIteration` where none has one in it either.
+
+        Processes come to the end of their data at different steps, and go on with padding until all have.
+        """
+        if jax.process_count() == 1 or self.experiment.data.epochs is None:
+            return self.rows.exhausted
+        left = hosts.highest(int(batch["loss_mask"].any()) if self.rows.exhausted else 2)
+        if left == 0:
+            raise StopIteration("the last epoch is over")
+        return left == 1
 
     def save(self, state: TrainState, step: int, tokens: int, metric: float | None) -> None:
         """Starts a checkpoint; a non-finite loss since the last check, or a non-finite state, raises instead."""
@@ -237,10 +266,11 @@ class _Run:
         place = {"step": step, "tokens": tokens, "seconds": round(time.monotonic() - self.started, 1)}
         documents = {
             "meta": {**self.identity, **place, "seed": self.experiment.seed},
-            "data": self.rows.get_state(),
+            "data": merge_states(hosts.gather(self.rows.get_state())),
             "config": to_dict(self.experiment),
         }
         self.store.save(step, canonical.to_canonical(self.trainer, state), documents, metric=metric)
+        self.saved_step = step
 
     def _step(self, state: TrainState, batch: Microbatch, hyper: Hyperparameters) -> tuple[TrainState, StepMetrics]:
         """Starts a step; where it is compiled for a new batch size first, that is no training time."""
@@ -358,50 +388,3 @@ def use_compile_cache(directory: str | None = None, *, exact_names: bool = False
         config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if exact_names:
         config.update("jax_compilation_cache_include_metadata_in_key", True)
-
-
-def _require_new(folder: epath.Path, store: CheckpointStore) -> None:
-    """Raises `ConfigError` where another run has left its curve or its checkpoints."""
-    path = folder / JSONL_NAME
-    found = path if path.exists() and path.stat().length else store.directory if store.steps() else None
-    require(found is None, f"{found} holds another run's data; resume that run or use another folder")
-
-
-def _tokenizer(experiment: Experiment, folder: epath.Path, resume: bool) -> Tokenizer:
-    """The run's tokenizer: the one it names, the one saved with it, or one trained now."""
-    saved, named = folder / TOKENIZER_NAME, experiment.tokenizer.path
-    # A named one comes first, so that another name is noticed; if its file is gone, the copy is as good.
-    if resume and saved.exists() and (named is None or not user_path(named, "the tokenizer").exists()):
-        return Tokenizer.load(saved)
-    return make_tokenizer(experiment.tokenizer, experiment.data)
-
-
-def _save_tokenizer(tokenizer: Tokenizer, folder: epath.Path) -> None:
-    """Aside, then moved: a run that dies here must not lose the one it had."""
-    partial = folder / f"{TOKENIZER_NAME}.{os.getpid()}.partial"
-    tokenizer.save(partial)
-    partial.replace(folder / TOKENIZER_NAME)
-
-
-def _saved_model(data: dict, source: str) -> dict:
-    """A checkpoint's architecture with every field that there is now, so that it compares with a run's."""
-    try:
-        return to_dict(from_dict(ModelConfig, data))
-    except ConfigError as error:
-        raise CheckpointError(f"{source} is of an architecture that this version does not know: {error}") from error
-
-
-def _restore(
-    store: CheckpointStore, trainer: Trainer, rows: RowIterator, identity: dict
-) -> tuple[TrainState, int, int, float]:
-    """The newest checkpoint's state, step, tokens and seconds of training; `rows` is set to where it was."""
-    step = store.latest_step()
-    assert step is not None
-    documents = store.documents(step)
-    meta, source = documents["meta"], f"checkpoint {step} in {store.directory}"
-    saved = {**meta, "model": _saved_model(meta["model"], source)}
-    check_compatible(saved, json.loads(json.dumps(identity)), source=source)
-    rows.set_state(documents["data"])
-    entries = store.restore(step, canonical.templates(trainer))
-    state = canonical.from_canonical(trainer, entries, meta["step"])
-    return state, meta["step"], meta["tokens"], meta.get("seconds", 0.0)
