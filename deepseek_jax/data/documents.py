@@ -91,11 +91,11 @@ def decode_utf8(data: bytes, where: str, offset: int = 0) -> str:
         ) from None
 
 
-def list_files(path: str, patterns: tuple[str, ...]) -> list[tuple[str, epath.Path]]:
+def list_files(path: str, patterns: tuple[str, ...], skips: SkipCounter) -> list[tuple[str, epath.Path]]:
     """`(relative name, path)` of a file, of a folder's files that match `patterns`, or of a glob's; sorted by name.
 
-    Hidden files and folders are passed over, links are followed. Raises `DataError` if there is nothing, or a folder
-    cannot be read.
+    Hidden files and folders are passed over, links are followed; `skips` takes folders that cannot be read. Raises
+    `DataError` if there is nothing.
     """
     root = user_path(path, "the corpus")
     wildcard = next((i for i, part in enumerate(root.parts) if any(c in part for c in "*?[")), None)
@@ -108,16 +108,18 @@ def list_files(path: str, patterns: tuple[str, ...]) -> list[tuple[str, epath.Pa
         return [(root.name, root)]
     wanted = [pattern.split("/") for pattern in patterns]
     files = sorted(
-        (name, file) for name, file in _walk(root) if any(_matches(name.split("/"), pattern) for pattern in wanted)
+        (name, file)
+        for name, file in _walk(root, skips)
+        if any(_matches(name.split("/"), pattern) for pattern in wanted)
     )
     if not files:
         raise DataError(f"{path}: no file matches {' or '.join(patterns)}")
     return files
 
 
-def _walk(root: epath.Path) -> Iterator[tuple[str, epath.Path]]:
+def _walk(root: epath.Path, skips: SkipCounter) -> Iterator[tuple[str, epath.Path]]:
     """`(relative name, path)` of all files under `root` but hidden ones. (`epath` has no recursive glob.)"""
-    for folder, names in _walk_cloud(root) if "://" in str(root) else _walk_local(str(root)):
+    for folder, names in _walk_cloud(root) if "://" in str(root) else _walk_local(str(root), skips):
         prefix = "" if folder == root else folder.relative_to(root).as_posix() + "/"
         yield from ((prefix + name, folder / name) for name in names if not name.startswith("."))
 
@@ -128,14 +130,18 @@ def _walk_cloud(root: epath.Path) -> Iterator[tuple[epath.Path, list[str]]]:
         yield folder, names
 
 
-def _walk_local(root: str) -> Iterator[tuple[epath.Path, list[str]]]:
+def _walk_local(root: str, skips: SkipCounter) -> Iterator[tuple[epath.Path, list[str]]]:
     """Folders and the names of their files, links followed; a folder that has several names is read once.
 
     (`epath` follows links to folders in no version of Python, and passes over what it cannot read.)
     """
+
+    def unreadable(error: OSError) -> None:
+        skips.broken(f"{error.filename}: cannot be read ({error.strerror or error})")
+
     waiting, seen = [root], set()
     while waiting:  # links come after all folders, so that a folder keeps its own name where it has one
-        for folder, subfolders, names in os.walk(waiting.pop(0), onerror=_unreadable):
+        for folder, subfolders, names in os.walk(waiting.pop(0), onerror=unreadable):
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in seen:
                 subfolders.clear()
@@ -145,10 +151,6 @@ def _walk_local(root: str) -> Iterator[tuple[epath.Path, list[str]]]:
             paths = (os.path.join(folder, name) for name in subfolders)
             waiting += filter(os.path.islink, paths)  # which `os.walk` does not follow by itself
             yield epath.Path(folder), names
-
-
-def _unreadable(error: OSError) -> None:
-    raise DataError(f"{error.filename}: cannot be read ({error.strerror or error})") from None
 
 
 def _matches(parts: list[str], pattern: list[str]) -> bool:

@@ -23,7 +23,7 @@ _CHUNK = 1 << 20
 
 def iterate_jsonl(source: Jsonl, skips: SkipCounter) -> Iterator[Document]:
     """Documents of all files in order, one line in memory at a time. Raises `DataError` with file and line."""
-    for name, path in list_files(source.path, _PATTERNS):
+    for name, path in list_files(source.path, _PATTERNS, skips):
         for line, _, text in _iterate_file(path, source.field, skips):
             yield Document(f"{name}:{line}", text)
 
@@ -31,7 +31,7 @@ def iterate_jsonl(source: Jsonl, skips: SkipCounter) -> Iterator[Document]:
 def open_jsonl(source: Jsonl) -> Documents:
     """All documents of `source` in random access."""
     skips = SkipCounter(source.on_error)
-    files = list_files(source.path, _PATTERNS)
+    files = list_files(source.path, _PATTERNS, skips)
     if any(path.suffix in _COMPRESSED for _, path in files):
         documents: Documents = InMemory(source.path, iterate_jsonl(source, skips))
     else:

@@ -15,7 +15,7 @@ from deepseek_jax.data.errors import DataError
 
 def iterate_parquet(source: Parquet, skips: SkipCounter) -> Iterator[Document]:
     """Documents of all files in order, named `file:row` from row 0. Raises `DataError` with the file."""
-    for name, path in list_files(source.path, ("**/*.parquet",)):
+    for name, path in list_files(source.path, ("**/*.parquet",), skips):
         yield from _iterate_file(name, path, source.column, skips)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from etils import epath
 
 from deepseek_jax.data.array_record import open_array_record
-from deepseek_jax.data.config import ArrayRecord, Jsonl, OnError, Parquet, Source, StandardLibrary, TextFiles
+from deepseek_jax.data.config import ArrayRecord, Jsonl, Parquet, Source, StandardLibrary, TextFiles
 from deepseek_jax.data.documents import Document, Documents, SkipCounter, decode_utf8, digests_of, list_files
 from deepseek_jax.data.errors import DataError
 from deepseek_jax.data.jsonl import iterate_jsonl, open_jsonl
@@ -25,9 +25,10 @@ def open_documents(source: Source) -> Documents:
     documents: Documents
     match source:
         case StandardLibrary():
-            documents = _open_files("the standard library", _standard_library(), "skip")
+            documents = _open_files("the standard library", _standard_library(), SkipCounter("skip"))
         case TextFiles():
-            documents = _open_files(source.path, list_files(source.path, (source.glob,)), source.on_error)
+            skips = SkipCounter(source.on_error)
+            documents = _open_files(source.path, list_files(source.path, (source.glob,), skips), skips)
         case Jsonl():
             documents = open_jsonl(source)
         case Parquet():
@@ -52,8 +53,7 @@ def stream_documents(source: Source) -> Iterator[Document]:
         yield from (documents[i] for i in range(len(documents)))
 
 
-def _open_files(name: str, files: list[tuple[str, epath.Path]], on_error: OnError) -> Documents:
-    skips = SkipCounter(on_error)
+def _open_files(name: str, files: list[tuple[str, epath.Path]], skips: SkipCounter) -> Documents:
     documents = _Files(name, files, skips)
     skips.report(name)
     return documents
@@ -67,8 +67,8 @@ class _Files(Documents):
         self._files = []
         self.total_bytes = 0
         for file in files:
-            data = _read(file[1])
             try:
+                data = _read(file[1])
                 decode_utf8(data, str(file[1]))
             except DataError as error:
                 skips.broken(str(error))

@@ -12,7 +12,7 @@ import pytest
 
 from deepseek_jax.data import ArrayRecord, DataConfig, DataError, TextFiles, load_corpus
 from deepseek_jax.data.array_record import CorpusWriter, pack_record, unpack_record
-from deepseek_jax.data.documents import digest, list_files
+from deepseek_jax.data.documents import SkipCounter, digest, list_files
 from deepseek_jax.data.sources import open_documents, stream_documents
 
 NO_UTF8 = os.fsdecode(b"caf\xe9.txt")
@@ -26,7 +26,7 @@ def write(folder: Path, *names: str) -> None:
 
 
 def names(folder: Path, pattern: str = "**/*") -> list[str]:
-    found = list_files(str(folder), (pattern,))
+    found = list_files(str(folder), (pattern,), SkipCounter("raise"))
     assert all(path.read_bytes() for _, path in found)
     return [name for name, _ in found]
 
@@ -55,11 +55,11 @@ def test_a_folder_with_several_names_is_read_once_and_keeps_its_own(tmp_path):
 def test_a_link_to_nothing_is_told(tmp_path):
     write(tmp_path, "a.txt")
     (tmp_path / "gone").symlink_to("nowhere")
-    with pytest.raises(DataError, match=r"gone: cannot be read \(No such file or directory\)$"):
+    with pytest.raises(DataError, match=r"gone: cannot be read \(No such file or directory\); on_error=skip"):
         open_documents(TextFiles(path=tmp_path))
 
 
-def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_read_is_named_or_counted(tmp_path, monkeypatch, caplog):
     write(tmp_path, "a.txt", "closed/b.txt")
     scandir = os.scandir
 
@@ -69,8 +69,11 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", guarded)
-    with pytest.raises(DataError, match=rf"^{tmp_path}/closed: cannot be read \(Permission denied\)$"):
+    with pytest.raises(DataError, match=rf"^{tmp_path}/closed: cannot be read \(Permission denied\); on_error=skip"):
         open_documents(TextFiles(path=tmp_path))
+    skipping = TextFiles(path=tmp_path, on_error="skip")
+    assert [document.id for document in stream_documents(skipping)] == ["a.txt"]
+    assert "left out 1 broken documents, the first: " in caplog.text
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no such names")
