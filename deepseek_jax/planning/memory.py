@@ -14,49 +14,59 @@ class StepMemory:
     """Bytes of each part of a step."""
 
     parameters: int
+    """The float32 masters, and their copy in a narrower compute dtype."""
     gradients: int
+    """The float32 sum, and apart from it the gradient of one microbatch, unless that is the sum."""
     moments: int
+    head_gradients: int
+    """Of the output head, one for each loss, kept from the forward pass to the backward pass."""
     activations: int
-    """What the forward pass saves for the backward pass."""
+    """What the forward pass saves for the backward pass besides."""
 
     @property
     def total(self) -> int:
         """All parts together."""
-        return self.parameters + self.gradients + self.moments + self.activations
+        return sum(dataclasses.astuple(self))
 
 
 def step_memory(
     config: ModelConfig,
     tokens: int,
     *,
+    microbatches: int = 1,
     moment_bytes: int = 4,
     compute_bytes: int = 4,
     recompute: Literal["none", "selective", "full"] = "selective",
 ) -> StepMemory:
-    """Bytes of a step on a microbatch of `tokens`.
+    """Bytes of a step that takes a batch in `microbatches` of `tokens`.
 
     Args:
       config: the model.
       tokens: tokens of one microbatch.
+      microbatches: how many follow each other and add up their gradients.
       moment_bytes: of each of the two moments, per parameter.
-      compute_bytes: per activation.
+      compute_bytes: per activation, 4 or 2; with 2, weights and a microbatch's gradients have 2 too (that the few kept
+        in full precision have 4 is left out).
       recompute: what the backward pass computes again instead of keeping it; see `ParallelConfig.recompute`.
     """
     parameters = total_parameters(config)
     selective = recompute == "selective"
     dense, moe = (layer_activations(config, dense=kind, selective=selective) for kind in (True, False))
     layers = config.num_dense_layers * dense + config.num_moe_layers * moe
-    # An MTP module saves its two inputs, their norms joined, and the input and output of its final norm.
+    # An MTP module saves its two inputs, their norms joined, its last norm's input and the gradient of that's output.
     mtp = config.mtp_depth * (moe + 6 * config.hidden_size)
     if recompute == "full":
         # Each layer's input is kept, and one layer at a time computes the rest again.
         kept = config.num_layers * config.hidden_size
         layers, mtp = kept + max(dense if config.num_dense_layers else 0, moe if config.num_moe_layers else 0, mtp), 0
+    # The last layer's output, and the gradient of its norm that the loss makes in the forward pass.
     ends = 2 * config.hidden_size
+    copied = compute_bytes != 4
     return StepMemory(
-        parameters=4 * parameters,
-        gradients=4 * parameters,
+        parameters=(4 + compute_bytes * copied) * parameters,
+        gradients=(4 + compute_bytes * (copied or microbatches > 1)) * parameters,
         moments=2 * moment_bytes * parameters,
+        head_gradients=(1 + config.mtp_depth) * config.hidden_size * config.vocab_size * compute_bytes,
         activations=tokens * (layers + mtp + ends) * compute_bytes,
     )
 

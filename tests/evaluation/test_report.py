@@ -208,8 +208,10 @@ def test_the_heat_map_shows_the_loads_of_every_layer():
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(0, "0"), (9_999, "9,999"), (10_000, "10k"), (999_499, "999k"), (999_950, "1M"), (19_834_112, "19.8M")]
-    + [(999_600_000, "1B"), (671_026_000_000, "671B"), (14.8e12, "14.8T"), (None, "not recorded")],
+    [
+        *((0, "0"), (9_999, "9,999"), (10_000, "10k"), (999_499, "999k"), (999_950, "1M"), (19_834_112, "19.8M")),
+        *((999_600_000, "1B"), (671_026_000_000, "671B"), (14.8e12, "14.8T"), (None, "not recorded")),
+    ],
 )
 def test_counts_have_three_digits_and_a_letter(number, text):
     assert _count(number) == text

@@ -1,8 +1,11 @@
 """Analytic bytes of a step."""
 
+import jax
+import jax.numpy as jnp
+import pytest
 from small_model import small
 
-from deepseek_jax import zoo
+from deepseek_jax import ops, zoo
 from deepseek_jax.planning.memory import StepMemory, layer_activations, step_memory
 from deepseek_jax.planning.parameters import total_parameters
 
@@ -11,8 +14,41 @@ def test_weights_gradients_and_moments():
     config = small()
     count = total_parameters(config)
     memory = step_memory(config, 0, moment_bytes=2)
-    assert memory == StepMemory(parameters=4 * count, gradients=4 * count, moments=4 * count, activations=0)
-    assert memory.total == 12 * count
+    head = 2 * 24 * 64 * 4  # main and MTP loss, D 24, V 64
+    parts = {"parameters": 4 * count, "gradients": 4 * count, "moments": 4 * count}
+    assert memory == StepMemory(**parts, head_gradients=head, activations=0)
+    assert memory.total == 12 * count + head
+
+
+@pytest.mark.parametrize(
+    ("compute_bytes", "microbatches", "parameters", "gradients"),
+    [(4, 1, 4, 4), (4, 8, 4, 4 + 4), (2, 1, 4 + 2, 4 + 2), (2, 8, 4 + 2, 4 + 2)],
+)
+def test_copies_of_weights_and_gradients(compute_bytes, microbatches, parameters, gradients):
+    """bfloat16 computes with copies; several microbatches need a sum besides the gradient of the one at work."""
+    config = small()
+    count = total_parameters(config)
+    memory = step_memory(config, 0, compute_bytes=compute_bytes, microbatches=microbatches)
+    assert (memory.parameters, memory.gradients) == (parameters * count, gradients * count)
+    assert memory.moments == 8 * count
+
+
+@pytest.mark.parametrize("mtp_depth", [0, 2])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_every_loss_keeps_a_gradient_of_the_head(mtp_depth, dtype):
+    """`ops.cross_entropy_sum` keeps `[D, V]` for the backward pass: once for the main model, once per MTP module."""
+    config = small(mtp_depth=mtp_depth)
+    head = jax.ShapeDtypeStruct((config.hidden_size, config.vocab_size), dtype)
+    hidden = jax.ShapeDtypeStruct((8, config.hidden_size), dtype)
+    labels, weights = (jax.ShapeDtypeStruct((8,), kind) for kind in (jnp.int32, jnp.float32))
+
+    def backward(hidden, head, labels, weights):
+        return jax.vjp(lambda hidden, head: ops.cross_entropy_sum(hidden, head, labels, weights), hidden, head)[1]
+
+    residuals = jax.tree.leaves(jax.eval_shape(backward, hidden, head, labels, weights))
+    (kept,) = (leaf for leaf in residuals if leaf.shape == head.shape)
+    memory = step_memory(config, 8, compute_bytes=head.dtype.itemsize)
+    assert memory.head_gradients == (1 + mtp_depth) * kept.size * kept.dtype.itemsize
 
 
 def test_activations_of_a_layer_by_hand():

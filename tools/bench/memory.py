@@ -2,10 +2,10 @@
 
     python -m tools.bench.memory [--write]
 
-The analytic sum is `planning.memory`: parameters, gradients, two moments, and the activations that the backward pass
-needs. The compiler's figure is its own plan of the step: arguments, results that reuse none of them, and temporaries.
-The process's figure is how far its resident memory grew, at most, from before the state was made to after the step;
-malloc is as the system sets it, since memory that a run keeps after compiling (`keep_freed_memory`) would hide growth.
+The analytic sum is `planning.memory`: parameters, gradients, two moments, and what the backward pass needs. The
+compiler's figure is its own plan of the step: arguments, results that reuse none of them, and temporaries. The
+process's figure is how far its resident memory grew, at most, from before the state was made to after the step; malloc
+is as the system sets it, since memory that a run keeps after compiling (`keep_freed_memory`) would hide growth.
 """
 
 from __future__ import annotations
@@ -74,11 +74,13 @@ def measure(**step_options) -> dict:
         state, metrics = step(state, batch, hyper)
         jax.block_until_ready((state, metrics))
     rows = step_options.get("microbatch_rows", ROWS)
-    memory = step_memory(config, rows * LENGTH, recompute=step_options["recompute"])
+    microbatches = ROWS // rows
+    memory = step_memory(config, rows * LENGTH, microbatches=microbatches, recompute=step_options["recompute"])
     return {
         "parameters": memory.parameters,
         "gradients": memory.gradients,
         "moments": memory.moments,
+        "head gradients": memory.head_gradients,
         "activations": memory.activations,
         "total": memory.total,
         "plan": plan.argument_size_in_bytes
@@ -125,11 +127,12 @@ def report(results: dict[str, dict]) -> str:
         f"`python -m tools.bench.memory --write` on {datetime.date.today()}: `zoo.bench()`, {ROWS} × {LENGTH} tokens, "
         f"float32 throughout, on {machine()}; jax {jax.__version__}. MiB.",
         "",
-        "| | parameters | gradients | moments | activations | analytic sum | compiler's plan | ratio | process |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| | parameters | gradients | moments | head gradients | activations | analytic sum | compiler's plan | ratio "
+        "| process |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case, numbers in results.items():
-        columns = ("parameters", "gradients", "moments", "activations", "total", "plan")
+        columns = ("parameters", "gradients", "moments", "head gradients", "activations", "total", "plan")
         cells = [f"{numbers[name] / 2**20:.0f}" for name in columns]
         cells.append(f"{numbers['plan'] / numbers['total']:.2f}")
         cells.append("–" if numbers["process"] is None else f"{numbers['process'] / 2**20:.0f}")
