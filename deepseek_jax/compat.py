@@ -1,4 +1,4 @@
-"""What differs between jax 0.10 and 0.11, and nothing else."""
+"""Varying mesh axes inside `shard_map`, in one place, because jax renames this part of its interface now and then."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
 Shape letters: T tokens, D model width, V vocabulary (of this shard).
 
-With the vocabulary split over devices, each computes the partial results of its own shard, and `parallel/` joins them:
-the largest maximum, the sums rescaled to it and added, the label logits added (all but one are zero). On one device
-`cross_entropy` does the same with one shard.
+`vocab_partials` is for a vocabulary that is split over devices: each computes the results of its own shard, and they
+join as the largest maximum, the sums rescaled to it and added, the label logits added (all but one are zero). Nothing
+splits the vocabulary yet; `cross_entropy` is the case of one shard.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.ops.implementation import accumulator, choose
 
-_CHUNK_LOGITS = 2**22  # logits in flight: 16 MiB of float32
-_MIN_CHUNK = 512  # every chunk adds once to the whole gradient of the head
+_CHUNK_LOGITS = 2**22  # logits in flight: 16 MiB of float32, up to V = 8192
+_MIN_CHUNK = 512  # every chunk adds once to the whole gradient of the head; at V = 129,280 its logits are 252 MiB
 _LOWEST = -1e30  # stands in for the maximum of a shard that is all padding
 
 
