@@ -109,6 +109,7 @@ def train(
 
     # --- mesh and model: abstract, so that a wrong config costs nothing ---
     trainer = make_trainer(experiment)
+    canonical.templates(trainer)  # an optimizer whose state cannot be saved is refused here
     store = CheckpointStore(
         experiment.checkpoint.directory or folder / "checkpoints",
         keep_last=experiment.checkpoint.keep_last,
@@ -149,6 +150,7 @@ def train(
         state, step, tokens, last = run.steps(state, step, tokens, signals, trace)
         if run.stopped_by is not None:
             return RunResult("interrupted", step, tokens, workdir, run.stopped_by, last)
+        signals.answer = "training is over and saved, the report is being written"
         result = finish_run(
             experiment, trainer, state, tokenizer, evaluator, folder,
             step=step, tokens=tokens, seconds=time.monotonic() - started, heldout=last, log=run.progress.log,
