@@ -42,8 +42,3 @@ class LatentCache:
 def entry_size(config: ModelConfig) -> int:
     """Numbers kept per token and layer: `kv_lora_rank + qk_rope_head_dim`."""
     return config.attention.kv_lora_rank + config.attention.qk_rope_head_dim
-
-
-def bytes_per_token(config: ModelConfig, dtype=jnp.bfloat16) -> int:
-    """Bytes that one token takes over all layers; DeepSeek-V3 in BF16: 70,272."""
-    return config.num_layers * entry_size(config) * jnp.dtype(dtype).itemsize

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -74,12 +72,6 @@ class Transformer(nnx.Module):
             if layers is not None:
                 x = apply_layers(layers, x, ctx)
         return self.logits(self.final_norm(x))
-
-
-def layer_of(layers: nnx.Module, index: int) -> Any:
-    """One layer of a stack, as a module."""
-    graphdef, state = nnx.split(layers)
-    return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], state))
 
 
 def apply_layers(layers: nnx.Module, x: jax.Array, ctx: LayerContext) -> jax.Array:

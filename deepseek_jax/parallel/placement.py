@@ -43,10 +43,6 @@ class Placement:
         """Layers of this kind that every stage has room for: the most that any stage holds."""
         return max(len(layers) for layers in self.stages[kind])
 
-    def mask(self, kind: str) -> np.ndarray:
-        """bool `[stage, slot]`: which slots hold a layer."""
-        return np.array([[slot < len(layers) for slot in range(self.slots(kind))] for layers in self.stages[kind]])
-
     def name(self, kind: str, index: int) -> str:
         """The canonical name of a layer: `layers.3` counts dense and MoE layers together, `mtp.0` MTP modules."""
         return {"dense": f"layers.{index}", "moe": f"layers.{index + self.num_dense_layers}", "mtp": f"mtp.{index}"}[

@@ -49,6 +49,12 @@ def lively_model(config: ModelConfig, dtype, seed: int = 0) -> Transformer:
     return nnx.merge(nnx.graphdef(model), unflatten(flat))
 
 
+def layer_of(layers: nnx.Module, index: int):
+    """One layer of a stack, as a module."""
+    graphdef, state = nnx.split(layers)
+    return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], state))
+
+
 @pytest.fixture(scope="session")
 def model32() -> Transformer:
     return lively_model(CONFIG, jnp.float32)

@@ -11,8 +11,7 @@ from flax import nnx
 from deepseek_jax.config import YarnConfig
 from deepseek_jax.inference.cache import LatentCache
 from deepseek_jax.inference.forward import decode_step, extend, prefill
-from deepseek_jax.model.transformer import layer_of
-from tests.inference.conftest import CONFIG, lively_model
+from tests.inference.conftest import CONFIG, layer_of, lively_model
 
 
 @pytest.mark.parametrize("yarn", [None, YarnConfig(factor=4.0, original_length=16, mscale=1.0, mscale_all_dim=0.8)])

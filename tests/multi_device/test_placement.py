@@ -88,8 +88,8 @@ def test_uneven_stages_are_padded_with_zeros(weights):
     np.testing.assert_array_equal(router[1, 0], weights["layers.3.ffn.router.weight"])
     np.testing.assert_array_equal(router[1, 1], 0)
     np.testing.assert_array_equal(tree["dense"]["attention"]["o"]["weight"][1], 0)
-    assert target.placement.mask("moe").tolist() == [[True, True], [True, False]]
-    assert target.placement.mask("mtp").tolist() == [[False], [True]]
+    assert [(stage, slot) for stage, slot, _ in target.placement.layers("moe")] == [(0, 0), (0, 1), (1, 0)]
+    assert [(stage, slot) for stage, slot, _ in target.placement.layers("mtp")] == [(1, 0)]
 
 
 def test_every_stage_holds_its_own_layers_only():
