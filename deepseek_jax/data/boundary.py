@@ -55,5 +55,5 @@ def _combined(piece: bytes) -> str | None:
 def _ways(text: str, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     for place in range(1, len(text)):
         halves = np.concatenate(tokenizer.encode_batch([text[:place], text[place:]]))
-        if b"".join(tokenizer.token_bytes[i] for i in halves) == text.encode():  # some vocabularies add blanks
+        if b"".join(tokenizer.token_bytes[i] for i in halves) == text.encode():  # some vocabularies change a text
             yield halves

@@ -4,6 +4,10 @@ Text is cut into pieces before merges are learned, as DeepSeek-V3's tokenizer cu
 three; East Asian script apart from the rest; a word with the one blank or punctuation mark before it; a run of
 punctuation with the newlines after it. No merge crosses a piece. Bytes are the alphabet, so every text has tokens and
 comes back from them byte for byte.
+
+A file from elsewhere is used as it is, but for two things. Tokens with the names below are special, also where it marks
+them as words. And the blank that Llama's kind puts before a text is left out: a text's tokens are those of the text as
+it stands, as are those of each part into which fill-in-the-middle cuts it.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -79,13 +84,17 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, name: str = "tokenizer"):
         """Raises `DataError` if `backend` has no end-of-sentence token."""
         self.name = name
-        self._backend = backend
         backend.no_padding()
         backend.no_truncation()
+        self._backend = backend = _without_added_blank(backend)
+        self._content = backend.to_str(pretty=True)  # before names become special: what a run saved stays the same file
         backend.encode_special_tokens = True  # "<|…|>" written in a document is text like any other
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         for role, spellings in SPECIAL_NAMES.items():
-            setattr(self, f"{role}_id", next((i for s in spellings if (i := backend.token_to_id(s)) is not None), None))
+            found = next((s for s in spellings if backend.token_to_id(s) is not None), None)
+            setattr(self, f"{role}_id", None if found is None else backend.token_to_id(found))
+            if found is not None:  # many files mark User, <think> and others as words, which text would turn into
+                backend.add_special_tokens([found])
         self.require_specials("eos", reason="every document ends with it")
         if self.pad_id is None:
             self.pad_id = self.eos_id  # padding is masked from the loss, so any id will do
@@ -106,7 +115,7 @@ class Tokenizer:
 
     def save(self, path: epath.PathLike) -> None:
         """Writes a `tokenizer.json` that `load` and Hugging Face's tools read."""
-        user_path(path, "the tokenizer").write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+        user_path(path, "the tokenizer").write_text(self._content, encoding="utf-8")
 
     def require_specials(self, *roles: str, reason: str) -> None:
         """Raises `DataError` that names which of the special tokens `roles` the vocabulary lacks."""
@@ -134,13 +143,13 @@ class Tokenizer:
 
     @functools.cached_property
     def special_ids(self) -> frozenset[int]:
-        """Ids of all special tokens, the placeholders included."""
+        """Ids of all special tokens: those that the file marks, and those of `SPECIAL_NAMES`."""
         return frozenset(i for i, token in self._backend.get_added_tokens_decoder().items() if token.special)
 
     @functools.cached_property
     def token_bytes(self) -> tuple[bytes, ...]:
         """The bytes of each token by id; a special token's are its name."""
-        spec = json.loads(self._backend.to_str())
+        spec = json.loads(self._content)
         added = self._backend.get_added_tokens_decoder()
         to_bytes = _byte_level_bytes if "ByteLevel" in json.dumps(spec.get("decoder")) else _sentencepiece_bytes
         table = [b""] * self.vocab_size
@@ -156,7 +165,7 @@ class Tokenizer:
 
     def fingerprint(self) -> str:
         """A hash of all that decides how text becomes tokens: equal fingerprints, equal tokens."""
-        content = json.dumps(json.loads(self._backend.to_str()), sort_keys=True)
+        content = json.dumps(json.loads(self._content), sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
@@ -197,6 +206,33 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
 def _special_tokens() -> list[str]:
     names = [spellings[0] for spellings in SPECIAL_NAMES.values()]
     return names + [f"<｜place▁holder▁no▁{i}｜>" for i in range(NUM_SPECIAL_TOKENS - len(names))]
+
+
+def _without_added_blank(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """`backend`, or a copy that puts no blank before a text; its decoder, which other tools use, then strips none."""
+    spec = json.loads(backend.to_str())
+    plain = {**spec, "normalizer": _plain(spec["normalizer"]), "pre_tokenizer": _plain(spec["pre_tokenizer"])}
+    if plain == spec:
+        return backend
+    plain["decoder"] = _plain(spec["decoder"])
+    return tokenizers.Tokenizer.from_str(json.dumps(plain))
+
+
+def _plain(part: Any) -> Any:
+    """A step of a tokenizer.json without what adds a blank before the text, or strips it from there."""
+    match part:
+        case {"type": "Sequence"}:
+            (key,) = part.keys() - {"type"}
+            return {**part, key: [step for step in map(_plain, part[key]) if step is not None]}
+        case {"type": "Prepend", "prepend": "▁" | " "}:
+            return None
+        case {"type": "Metaspace"}:
+            return {**part, "prepend_scheme": "never"}
+        case {"type": "ByteLevel", "add_prefix_space": True}:
+            return {**part, "add_prefix_space": False}
+        case {"type": "Strip", "content": " "}:
+            return {**part, "start": 0}
+    return part
 
 
 @functools.cache
