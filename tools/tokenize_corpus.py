@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 
 from absl import app, flags
 
-from deepseek_jax.config import ConfigError
+from deepseek_jax.config import ConfigError, require
 from deepseek_jax.data import DataConfig, DataError, Jsonl, Parquet, Source, StandardLibrary, TextFiles, TokenizerConfig
 from deepseek_jax.data.array_record import CorpusWriter
 from deepseek_jax.data.corpus import make_tokenizer
@@ -32,6 +32,14 @@ _TOKENIZER = flags.DEFINE_string("tokenizer", None, "A tokenizer.json; without i
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 4096, "Size of a tokenizer that is trained.")
 _OUTPUT = flags.DEFINE_string("output", None, "The folder to write; it must not exist.", required=True)
 _SHARDS = flags.DEFINE_integer("shards", 1, "Files to deal the documents out to.")
+
+_USED = {
+    "text": ("path", "glob", "on_error"),
+    "jsonl": ("path", "field", "on_error"),
+    "parquet": ("path", "field", "on_error"),
+    "stdlib": (),
+}
+"""By kind of source: the flags that say what is read."""
 
 _BATCH = 256  # documents tokenized at once, on all cores
 
@@ -56,6 +64,11 @@ def _batches(documents: Iterable[Document], size: int) -> Iterator[list[Document
 
 
 def _source() -> Source:
+    for flag in (_PATH, _GLOB, _FIELD, _ON_ERROR):
+        require(
+            flag.name in _USED[_SOURCE.value] or not flag.present,
+            f"--{flag.name} has no use with --source={_SOURCE.value}; leave it out, or name another --source",
+        )
     match _SOURCE.value:
         case "text":
             return TextFiles(path=_PATH.value, glob=_GLOB.value, on_error=_ON_ERROR.value)

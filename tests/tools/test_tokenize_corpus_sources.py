@@ -149,3 +149,25 @@ def test_a_source_without_its_path_is_one_line(tmp_path):
     assert done.returncode == 1
     assert done.stderr == "tokenize_corpus: data.sources: a Parquet needs a path\n"
     assert not (tmp_path / "tokens").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "flag"),
+    [
+        ("stdlib", "path"),
+        ("stdlib", "glob"),
+        ("stdlib", "field"),
+        ("jsonl", "glob"),
+        ("parquet", "glob"),
+        ("text", "field"),
+    ],
+)
+def test_a_flag_that_the_source_does_not_read_is_refused_in_one_line(tmp_path, kind, flag):
+    """Before anything is read or written; each flag is given a value that would do elsewhere."""
+    values = {"path": tmp_path, "glob": "**/*.py", "field": "body"}
+    done = run(f"--source={kind}", f"--{flag}={values[flag]}", f"--output={tmp_path / 'tokens'}")
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"tokenize_corpus: --{flag} has no use with --source={kind}; leave it out, or name another --source\n"
+    )
+    assert not (tmp_path / "tokens").exists()
