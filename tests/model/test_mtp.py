@@ -1,5 +1,6 @@
 """Multi-token prediction: what each depth reads and predicts at every position (equations 21-24)."""
 
+import functools
 import textwrap
 from unittest import mock
 
@@ -109,13 +110,12 @@ def test_alignment_on_packed_documents():
 
 
 @pytest.fixture(scope="module")
-def hidden_by_depth():
-    """A jitted function of tokens `[B, S + 1]`: what depths 0, 1, 2 hand to the output head, `[B, S, D]` each."""
+def hidden_of_weights():
+    """A jitted function of weights and tokens `[B, S + 1]`: what depths 0, 1, 2 hand to the head, `[B, S, D]` each."""
     model = Transformer(CONFIG)
-    params = weights(model)
 
     @jax.jit
-    def run(tokens):
+    def run(params, tokens):
         ones = jnp.ones_like(tokens)
         batch = Microbatch(tokens, ones, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), ones)
         seen = {}
@@ -129,6 +129,12 @@ def hidden_by_depth():
         return [seen[depth] for depth in range(3)]
 
     return run
+
+
+@pytest.fixture(scope="module")
+def hidden_by_depth(hidden_of_weights):
+    """The same of tokens alone."""
+    return functools.partial(hidden_of_weights, weights(Transformer(CONFIG)))
 
 
 @pytest.mark.parametrize("changed", [0, 4, 7])
@@ -170,3 +176,37 @@ def test_the_projection_takes_the_embedding_first():
     np.testing.assert_array_equal(*(run(no_embedding, e) for e in embeddings))
     no_hidden = projection.at[:, CONFIG.hidden_size :].set(0)
     assert (run(no_hidden, embeddings[0]) != run(no_hidden, embeddings[1])).any()
+
+
+UNEVEN = np.linspace(0.5, 2, CONFIG.hidden_size)
+
+
+def test_each_depth_ends_with_its_own_norm(hidden_of_weights):
+    """Equation 23 as the released weights have it (`shared_head.norm`): depth 1's scale multiplies what its head reads,
+    and depth 2 goes on from there; the main model does not see it."""
+    params, tokens = weights(Transformer(CONFIG)), full(CONFIG, 1, 8).tokens
+    before = hidden_of_weights(params, tokens)
+    scale = params["mtp"]["final_norm"]["scale"]
+    params["mtp"]["final_norm"]["scale"] = scale.at[0].multiply(UNEVEN)
+    after = hidden_of_weights(params, tokens)
+    np.testing.assert_array_equal(after[0], before[0])
+    np.testing.assert_allclose(after[1], before[1] * UNEVEN, rtol=1e-5)
+    assert np.abs(after[2] - before[2]).max() > 0.1
+
+
+def test_depth_1_reads_what_the_main_norm_gives_and_does_not_end_with_it(hidden_of_weights):
+    """Equation 21 as the released weights have it: h is taken after the final norm, so that its scale changes depth 1.
+
+    An even factor is undone by the module's own norm of its input: depth 1 does not pass the main norm afterwards.
+    """
+    params, tokens = weights(Transformer(CONFIG)), full(CONFIG, 1, 8).tokens
+    scale = params["final_norm"]["scale"]
+
+    def scaled(factor):
+        return hidden_of_weights(params | {"final_norm": {"scale": scale * factor}}, tokens)
+
+    before, uneven, even = scaled(1), scaled(UNEVEN), scaled(2)
+    for got, factor in ((uneven, UNEVEN), (even, 2)):
+        np.testing.assert_allclose(got[0], before[0] * factor, rtol=1e-5)
+    assert np.abs(uneven[1] - before[1]).max() > 0.1
+    np.testing.assert_allclose(even[1], before[1], atol=1e-3)
