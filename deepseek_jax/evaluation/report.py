@@ -71,6 +71,30 @@ class _Run:
         _, values = plots.column(self.evaluations, "heldout_bits_per_byte")
         return float(values[-1]) if len(values) else None
 
+    @property
+    def partial_bytes(self) -> int | None:
+        """Bytes of held-out text that evaluations on the way read at most; None if all of it, or if that is unknown."""
+        evaluation = (self.config or {}).get("evaluation")
+        size = evaluation.get("max_bytes") if isinstance(evaluation, Mapping) else None
+        return size if _is_number(size) else None
+
+    @property
+    def complete_evaluation(self) -> dict[str, Any] | None:
+        """Where the others read a part of the held-out text: the last evaluation, if it gave the run's result."""
+        final = self.result.get("heldout_bits_per_byte")
+        if self.partial_bytes is None or not self.evaluations or not _is_number(final):
+            return None
+        last = self.evaluations[-1]
+        return last if last.get("heldout_bits_per_byte") == final else None
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the rows of `load` and `max_vio`: MoE layers, counted with the dense ones, then MTP modules."""
+        match (self.config or {}).get("model"):
+            case {"num_dense_layers": int(dense), "num_layers": int(layers), "mtp_depth": int(depth)}:
+                return [f"layer {i + 1}" for i in range(dense, layers)] + [f"MTP {i + 1}" for i in range(depth)]
+        return []
+
     def compressor(self, name: str) -> dict[str, float]:
         """The sizes of `gzip` or `xz` that were recorded."""
         sizes = self.result.get(name)
@@ -178,6 +202,7 @@ def _headline(run: _Run) -> str:
     figure = plots.compression_bars(model, gzip, xz)
     return f'<ul class="tiles">{items}</ul><h2>Held-out text</h2><p>{_verdict(model, gzip, xz)}</p>' + _picture(
         figure,
+        "bars of the bits per byte of the model and of the compressors",
         "Bits per byte of the same held-out files: a model that predicts text at b bits per byte can store it in b/8 "
         "of its size. Compressors read the files as one stream, or each by itself.",
     )
@@ -202,25 +227,44 @@ def _losses(run: _Run) -> str:
         return "<h2>Loss</h2>" + _missing("losses")
     named = {name: run.compressor(name).get("concatenated") for name in ("gzip", "xz")}
     baselines = {name: value for name, value in named.items() if value is not None}
-    caption = "Main: the next token. MTP: the tokens after it. Faint: every logged step; line: running mean."
-    return "<h2>Loss</h2>" + _picture(plots.loss_curves(run.train, run.evaluations, baselines), caption)
+    caption = "Main: the next token. MTP: the tokens after it."
+    if plots.has_running_mean(run.train):
+        caption += " Faint: every logged step; line: running mean."
+    last = run.complete_evaluation
+    complete = [] if last is None else [last]
+    on_the_way = [record for record in run.evaluations if record is not last]
+    if on_the_way and run.partial_bytes is not None:
+        caption += f" Held-out points on the way: about {run.partial_bytes:,} bytes of the text, where it has more."
+        if whole := [*(["the diamond"] if complete else []), *baselines]:
+            caption += f" All of it: {', '.join(whole)}."
+    figure = plots.loss_curves(run.train, on_the_way, baselines, complete)
+    return "<h2>Loss</h2>" + _picture(figure, "losses and held-out bits per byte over training tokens", caption)
 
 
 def _training(run: _Run) -> str:
     if not run.train:
         return "<h2>Training</h2>" + _missing("training steps")
-    return "<h2>Training</h2>" + _picture(plots.training_curves(run.train), "")
+    alt = "learning rate, gradient norm, balance loss, throughput, utilisation and batch size over training tokens"
+    caption = (
+        "Every logged step. Balance loss: the sum over layers, before its weight α. Tokens per second "
+        "are those since the logged step before; utilisation compares them with the speed of matrix products that was "
+        "measured on the same devices when the run began."
+    )
+    return "<h2>Training</h2>" + _picture(plots.training_curves(run.train), alt, caption)
 
 
 def _experts(run: _Run) -> str:
-    heat, violation = plots.load_heat_maps(run.train), plots.max_violation(run.train)
+    heat, violation = plots.load_heat_maps(run.train, run.layers), plots.max_violation(run.train, run.layers)
     parts = ["<h2>Expert load</h2>"]
     if heat is None:
         parts.append(_missing("expert loads"))
     else:
         caption = "Tokens sent to each expert, in units of the balanced load: white is balanced, red busy, blue idle."
-        parts.append(_picture(heat, caption, pixels=True))
-    parts.append(_missing("MaxVio") if violation is None else _picture(violation, "0 is perfect balance."))
+        if run.layers:
+            caption += " Layers are counted from 1, dense ones included; MTP: the module's own experts."
+        parts.append(_picture(heat, "heat maps of each expert's load over training tokens", caption, pixels=True))
+    alt = "MaxVio of each layer over training tokens"
+    parts.append(_missing("MaxVio") if violation is None else _picture(violation, alt, "0 is perfect balance."))
     return "\n".join(parts)
 
 
@@ -239,14 +283,12 @@ def _samples(run: _Run) -> str:
 
 
 def _machine(run: _Run) -> str:
-    shown: dict[str, Any] = {
-        name: run.result[name] for name in ("command", "step", "machine", "versions") if name in run.result
-    }
+    shown: dict[str, Any] = {name: run.result[name] for name in ("step", "machine", "versions") if name in run.result}
     rows = [(path, value) for path, value in _flat(shown)]
     if not rows:
-        return "<h2>Command, machine and versions</h2>" + _missing("the machine")
+        return "<h2>Machine and versions</h2>" + _missing("the machine")
     lines = "".join(f"<tr><th>{html.escape(path)}</th><td>{html.escape(str(value))}</td></tr>" for path, value in rows)
-    return f"<h2>Command, machine and versions</h2><table>{lines}</table>"
+    return f"<h2>Machine and versions</h2><table>{lines}</table>"
 
 
 def _config(run: _Run) -> str:
@@ -259,10 +301,9 @@ def _config(run: _Run) -> str:
 # --- pieces ---
 
 
-def _picture(figure, caption: str, *, pixels: bool = False) -> str:
-    alt = html.escape(caption or "curves of the run", quote=True)
-    below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-    return f'<figure><img alt="{alt}" src="{plots.data_uri(figure, pixels=pixels)}">{below}</figure>'
+def _picture(figure, alt: str, caption: str, *, pixels: bool = False) -> str:
+    below = f"<figcaption>{html.escape(caption)}</figcaption>"
+    return f'<figure><img alt="{html.escape(alt)}" src="{plots.data_uri(figure, pixels=pixels)}">{below}</figure>'
 
 
 def _missing(what: str) -> str:

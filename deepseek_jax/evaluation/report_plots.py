@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 # One colour, one meaning, in every picture.
-HELDOUT, TRAIN, MTP, GZIP, XZ = "#3b5bdb", "#e8710a", "#868e96", "#2b8a3e", "#862e9c"
+HELDOUT, TRAIN, MTP, GZIP, XZ = "#3b5bdb", "#e8710a", "#343a40", "#2b8a3e", "#862e9c"
 GREY, INK = "#868e96", "#212529"
 LAYERS = matplotlib.colormaps["viridis"]
 LOADS = matplotlib.colormaps["RdBu_r"]
@@ -96,16 +96,23 @@ def compression_bars(model: float | None, gzip: Mapping[str, float] | None, xz: 
     return figure
 
 
-def loss_curves(train: Records, evaluations: Records, baselines: Mapping[str, float]) -> Figure:
-    """Training and held-out losses; beside them held-out bits per byte on its way past the compressors."""
+def loss_curves(train: Records, evaluations: Records, baselines: Mapping[str, float], complete: Records = ()) -> Figure:
+    """Training and held-out losses; beside them held-out bits per byte on its way past the compressors.
+
+    Evaluations in `complete` read all held-out text where the others read a part of it: they stand by themselves.
+    """
     figure = Figure(figsize=(11, 4), layout="constrained")
     losses, bits = figure.subplots(1, 2, width_ratios=(3, 2))
-    _smoothed(losses, *column(train, "loss_mtp"), MTP, "MTP")
-    _smoothed(losses, *column(train, "loss_main"), TRAIN, "main")
+    # The two are often nearly alike: the thin line on the wide one shows both.
+    _smoothed(losses, *column(train, "loss_main"), TRAIN, "main", width=2.6)
+    _smoothed(losses, *column(train, "loss_mtp"), MTP, "MTP", width=1.0)
+    read = [(evaluations, "o-", 4.5, "held-out, part" if complete else "held-out")]
+    read.append((complete, "D", 7, "held-out, all"))
     for axes, name in ((losses, "heldout_loss"), (bits, "heldout_bits_per_byte")):
-        tokens, values = column(evaluations, name)
-        if len(values):
-            axes.plot(tokens, values, "o-", color=HELDOUT, markersize=4.5, label="held-out")
+        for records, style, size, label in read:
+            tokens, values = column(records, name)
+            if len(values):
+                axes.plot(tokens, values, style, color=HELDOUT, markersize=size, label=label)
     losses.set_title("Loss, nats per token")
     for name, colour in (("gzip", GZIP), ("xz", XZ)):
         if name in baselines:
@@ -123,15 +130,18 @@ def training_curves(train: Records) -> Figure:
     panels = figure.subplots(2, 3)
     _panel(panels[0, 0], train, "learning_rate", "Learning rate", zero=True)
     _panel(panels[0, 1], train, "grad_norm", "Gradient norm, before clipping", log=True)
-    _panel(panels[0, 2], train, "loss_balance", "Balance loss")
+    _panel(panels[0, 2], train, "loss_balance", "Balance loss, without α")
     _panel(panels[1, 0], train, "tokens_per_second", "Tokens per second", zero=True)
     _panel(panels[1, 1], train, "mfu", "Model FLOPs utilisation, %", zero=True, scale=100)
     _panel(panels[1, 2], train, "batch_rows", "Sequences per batch", zero=True)
     return figure
 
 
-def load_heat_maps(train: Records) -> Figure | None:
-    """Share of tokens of each expert over time, times the number of experts, one panel per MoE layer."""
+def load_heat_maps(train: Records, names: Sequence[str] = ()) -> Figure | None:
+    """Share of tokens of each expert over time, times the number of experts, one panel per layer with experts.
+
+    `names` are those of the layers; they are numbered where the names are not as many as they.
+    """
     rows = [r for r in train if r.get("load") and _rectangular(r["load"])]
     shapes = {np.shape(row["load"]) for row in rows}
     if len(shapes) != 1:
@@ -139,23 +149,22 @@ def load_heat_maps(train: Records) -> Figure | None:
     tokens = np.asarray([row.get("tokens", row.get("step", 0)) for row in rows], np.float64)
     loads = np.asarray([row["load"] for row in rows], np.float64)  # [time, layer, expert]
     _, layers, experts = loads.shape
-    loads, tokens = _binned(loads * experts, tokens)
+    loads, edges = _binned(loads * experts, tokens)
+    names = _layer_names(names, layers)
     columns = layers if layers <= 4 else 3 if layers <= 9 else 6
     height = 1.9 if layers <= 9 else 1.35
     figure = Figure(figsize=(11, 0.6 + height * math.ceil(layers / columns)), layout="constrained")
     panels = figure.subplots(math.ceil(layers / columns), columns, sharex=True, sharey=True, squeeze=False)
     top = max(2.0, float(np.nanpercentile(loads, 99.5)))
-    extent = (tokens[0], tokens[-1] if tokens[-1] > tokens[0] else tokens[0] + 1, experts - 0.5, -0.5)
     for layer, axes in enumerate(panels.flat):
         if layer >= layers:
             axes.set_visible(False)
             panels.flat[layer - columns].tick_params(labelbottom=True)  # nothing below it shows the ticks
             continue
-        image = axes.imshow(
-            loads[:, layer].T, aspect="auto", cmap=LOADS, norm=TwoSlopeNorm(1, 0, top), extent=extent,
-            interpolation="nearest",
-        )  # fmt: skip
-        axes.set_title(f"MoE layer {layer + 1}", pad=4)
+        rows_at = np.arange(experts + 1) - 0.5
+        image = axes.pcolormesh(edges, rows_at, loads[:, layer].T, cmap=LOADS, norm=TwoSlopeNorm(1, 0, top))
+        axes.set_ylim(experts - 0.5, -0.5)  # expert 0 at the top
+        axes.set_title(names[layer], pad=4)
         axes.grid(False)
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -168,13 +177,14 @@ def load_heat_maps(train: Records) -> Figure | None:
     return figure
 
 
-def max_violation(train: Records) -> Figure | None:
-    """MaxVio of each MoE layer over time: how far the busiest expert is above the balanced load."""
+def max_violation(train: Records, names: Sequence[str] = ()) -> Figure | None:
+    """MaxVio of each layer with experts over time: how far the busiest expert is above the balanced load."""
     rows = [r for r in train if r.get("max_vio")]
     widths = {len(row["max_vio"]) for row in rows}
     if len(widths) != 1:
         return None
     (layers,) = widths
+    names = _layer_names(names, layers)
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     axes = figure.subplots()
     flat = [
@@ -182,30 +192,41 @@ def max_violation(train: Records) -> Figure | None:
     ]
     for layer in range(layers):
         colour = LAYERS(0.9 * layer / max(layers - 1, 1))
-        axes.plot(*column(flat, str(layer)), color=colour, linewidth=1.4, label=f"layer {layer + 1}")
+        axes.plot(*column(flat, str(layer)), color=colour, linewidth=1.4, label=names[layer])
     axes.set_ylim(bottom=0)
     axes.set_title("MaxVio = busiest expert's load ÷ balanced load − 1")
     _token_axis(axes)
     if layers <= 12:
-        _legend(axes, ncols=2 if layers > 4 else 1, title="MoE")
+        _legend(axes, ncols=2 if layers > 4 else 1)
     else:
         scale = matplotlib.cm.ScalarMappable(Normalize(1, layers / 0.9), LAYERS)
-        ticks = np.unique(np.linspace(1, layers, 6).round())
-        figure.colorbar(scale, ax=axes, label="MoE layer", boundaries=np.arange(0.5, layers + 1), ticks=ticks, pad=0.01)
+        bar = figure.colorbar(scale, ax=axes, boundaries=np.arange(0.5, layers + 1), pad=0.01)
+        ticks = np.unique(np.linspace(1, layers, 6).round().astype(int)).tolist()
+        bar.set_ticks(ticks, labels=[names[tick - 1] for tick in ticks])
     return figure
 
 
-def _smoothed(axes, tokens: np.ndarray, values: np.ndarray, colour: str, label: str) -> None:
-    """Every point faintly, and the running mean over a fiftieth of them on top where there are many."""
-    window = len(values) // 50
-    if window < 2:
+def has_running_mean(train: Records) -> bool:
+    """Whether the losses are so many that `loss_curves` draws their running mean."""
+    return any(_window(column(train, name)[1]) > 1 for name in ("loss_main", "loss_mtp"))
+
+
+def _window(values: np.ndarray) -> int:
+    """Points of a running mean: a fiftieth of them all."""
+    return max(len(values) // 50, 1)
+
+
+def _smoothed(axes, tokens: np.ndarray, values: np.ndarray, colour: str, label: str, *, width: float) -> None:
+    """Every point faintly, and their running mean on top where there are many."""
+    window = _window(values)
+    if window == 1:
         if len(values):
-            axes.plot(tokens, values, color=colour, label=label)
+            axes.plot(tokens, values, color=colour, linewidth=width, label=label)
         return
     axes.plot(tokens, values, color=_lighter(colour), alpha=0.6, linewidth=0.8)
     kernel = np.ones(window)
     mean = np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
-    axes.plot(tokens, mean, color=colour, label=label)
+    axes.plot(tokens, mean, color=colour, linewidth=width, label=label)
 
 
 def _panel(axes, train: Records, name: str, title: str, *, zero=False, log=False, scale=1.0) -> None:
@@ -213,9 +234,7 @@ def _panel(axes, train: Records, name: str, title: str, *, zero=False, log=False
     axes.set_title(title)
     _token_axis(axes)
     if not len(values):
-        axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", va="center", color=GREY)
-        axes.set_xticks([])
-        axes.set_yticks([])
+        _not_recorded(axes)
         return
     axes.plot(tokens, values * scale, color=TRAIN, linewidth=1.3)
     if log and values.min() > 0 and values.max() / values.min() > 5:
@@ -239,16 +258,32 @@ def _legend(axes, **options) -> None:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(**options)
     else:
-        axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", va="center", color=GREY)
+        _not_recorded(axes)
+
+
+def _not_recorded(axes) -> None:
+    axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", va="center", color=GREY)
+    axes.set_xticks([])
+    axes.set_yticks([])
 
 
 def _binned(loads: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most `_MAX_COLUMNS` time steps: means over runs of neighbours."""
+    """At most `_MAX_COLUMNS` time steps, means over runs of neighbours, and the tokens between which each is drawn.
+
+    A record stands for the tokens that are nearer to its own than to another's: with a ramped batch, or with a step
+    logged off the rhythm, these are not equally many.
+    """
     stride = -(-len(loads) // _MAX_COLUMNS)
     starts = np.arange(0, len(loads), stride)
     counts = np.diff([*starts, len(loads)])
     means = np.add.reduceat(loads, starts, axis=0) / counts[:, None, None]
-    return means, tokens[[*starts[:-1], -1]] if len(starts) > 1 else tokens[[0]]
+    middles = (tokens[starts[1:] - 1] + tokens[starts[1:]]) / 2
+    last = tokens[-1] if tokens[-1] > tokens[0] else tokens[0] + 1  # one record has a width too
+    return means, np.array([tokens[0], *middles, last])
+
+
+def _layer_names(names: Sequence[str], layers: int) -> Sequence[str]:
+    return names if len(names) == layers else [f"MoE layer {layer + 1}" for layer in range(layers)]
 
 
 def _rectangular(rows: Sequence[Sequence[float]]) -> bool:

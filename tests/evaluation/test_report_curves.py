@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ SCALARS = (
 PANELS = {
     "Learning rate": ("learning_rate", 1),
     "Gradient norm, before clipping": ("grad_norm", 1),
-    "Balance loss": ("loss_balance", 1),
+    "Balance loss, without α": ("loss_balance", 1),
     "Tokens per second": ("tokens_per_second", 1),
     "Model FLOPs utilisation, %": ("mfu", 100),
     "Sequences per batch": ("batch_rows", 1),
@@ -66,6 +67,19 @@ def titled(figure: Figure) -> dict[str, Axes]:
     return {axes.get_title("left") or axes.get_title("center"): axes for axes in figure.axes}
 
 
+def spied(monkeypatch, *names: str) -> dict[str, Figure]:
+    """Gets the figures that a report draws with the functions `names`."""
+    drawn = {}
+
+    def spy(name: str) -> None:
+        draw = getattr(report_plots, name)
+        monkeypatch.setattr(report_plots, name, lambda *arguments: drawn.setdefault(name, draw(*arguments)))
+
+    for name in names:
+        spy(name)
+    return drawn
+
+
 @pytest.fixture(autouse=True)
 def style():
     with report_plots.styled():
@@ -97,7 +111,7 @@ def test_many_losses_are_shown_faintly_with_their_running_mean():
     axes = report_plots.loss_curves(train, [], {}).axes[0]
     faint = [np.asarray(line.get_data()) for line in axes.get_lines() if line.get_label().startswith("_")]
     main = np.array(values(train, "loss_main"))
-    assert [line[1].tolist() for line in faint] == [values(train, "loss_mtp"), main.tolist()]
+    assert [line[1].tolist() for line in faint] == [main.tolist(), values(train, "loss_mtp")]
     x, y = lines(axes)["main"]
     np.testing.assert_array_equal(x, values(train, "tokens"))
     np.testing.assert_allclose(y[1:-1], (main[:-2] + main[1:-1] + main[2:]) / 3)
@@ -143,7 +157,7 @@ def test_max_violation_has_a_line_for_each_layer(layers):
         record["max_vio"] = [layer + number / STEPS for layer in range(layers)]
     axes = report_plots.max_violation(train).axes[0]
     drawn = lines(axes)
-    assert list(drawn) == [f"layer {layer + 1}" for layer in range(layers)]
+    assert list(drawn) == [f"MoE layer {layer + 1}" for layer in range(layers)]
     for layer, (x, y) in enumerate(drawn.values()):
         np.testing.assert_array_equal(x, values(train, "tokens"))
         np.testing.assert_array_equal(y, [record["max_vio"][layer] for record in train])
@@ -158,19 +172,95 @@ def test_the_heat_map_shows_each_load_times_the_number_of_experts():
     """Balanced is 1, in the middle of the colours; a few records are shown one by one."""
     train = run()
     figure = report_plots.load_heat_maps(train)
-    panels = [axes for axes in figure.axes if axes.images]
+    panels = [axes for axes in figure.axes if axes.get_title("left")]
     assert [axes.get_title("left") for axes in panels] == [f"MoE layer {layer + 1}" for layer in range(LAYERS)]
     for layer, axes in enumerate(panels):
-        (image,) = axes.images
+        (mesh,) = axes.collections
         expected = np.array([record["load"][layer] for record in train]).T * EXPERTS  # [expert, time]
-        np.testing.assert_allclose(np.asarray(image.get_array()), expected)
-        assert image.norm(1.0) == 0.5
-        assert image.norm.vmin == 0
-        left, right, bottom, top = image.get_extent()
-        assert (left, right) == (train[0]["tokens"], train[-1]["tokens"])
-        assert (bottom, top) == (EXPERTS - 0.5, -0.5)  # expert 0 in the first row, at the top
-        assert image.origin == "upper"
+        np.testing.assert_allclose(np.asarray(mesh.get_array()), expected)
+        assert mesh.norm(1.0) == 0.5
+        assert mesh.norm.vmin == 0
+        np.testing.assert_array_equal(mesh.get_coordinates()[:, 0, 1], np.arange(EXPERTS + 1) - 0.5)
+        assert axes.get_xlim() == (train[0]["tokens"], train[-1]["tokens"])
+        assert axes.get_ylim() == (EXPERTS - 0.5, -0.5)  # expert 0 in the first row, at the top
     assert (figure.get_supxlabel(), figure.get_supylabel()) == ("tokens", "expert")
+
+
+@pytest.mark.parametrize("steps", [STEPS, 1000])
+def test_the_heat_map_shows_an_event_at_its_tokens(steps):
+    """With a ramped batch too: half of the steps are over in a quarter of the tokens."""
+    tokens = np.cumsum(np.arange(1, steps + 1)) * 1000
+    event = steps // 2
+    collapsed, balanced = np.eye(2)[:1].tolist(), [[0.5, 0.5]]
+    train = [{"tokens": int(t), "load": collapsed if i < event else balanced} for i, t in enumerate(tokens)]
+    (mesh,) = report_plots.load_heat_maps(train).axes[0].collections
+    loads, edges = np.asarray(mesh.get_array())[0], mesh.get_coordinates()[0, :, 0]
+    assert (np.diff(edges) > 0).all()
+    drawn = edges[:-1][loads < 1.5][0]
+    together = -(-steps // 400)  # steps in one column of the picture
+    assert abs(drawn - tokens[event]) < tokens[event + together] - tokens[event - together]
+
+
+def test_layers_are_named_by_what_they_are(tmp_path, monkeypatch):
+    """Rows of `load`: the MoE layers, counted with the dense ones, then the MTP modules."""
+    model = {"num_dense_layers": 2, "num_layers": 4, "mtp_depth": 1}
+    (tmp_path / "config.json").write_text(json.dumps({"model": model}))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in run()))
+    drawn = spied(monkeypatch, "load_heat_maps", "max_violation")
+    report.write_report(tmp_path)
+    names = ["layer 3", "layer 4", "MTP 1"]
+    assert [axes.get_title("left") for axes in drawn["load_heat_maps"].axes][:LAYERS] == names
+    assert list(lines(drawn["max_violation"].axes[0])) == names
+
+
+@pytest.mark.parametrize("max_bytes", [60_000, None])
+@pytest.mark.parametrize("done", [True, False])
+def test_held_out_points_that_read_less_than_the_last_are_told_apart(tmp_path, monkeypatch, max_bytes, done):
+    """`evaluation.max_bytes` bounds the text of all points but the one that is the run's result."""
+    train = run()
+    judged = evaluations(train)
+    (tmp_path / "config.json").write_text(json.dumps({"evaluation": {"max_bytes": max_bytes}}))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [*train, *judged]))
+    if done:
+        result = {"heldout_bits_per_byte": judged[-1]["heldout_bits_per_byte"], "gzip": {"concatenated": 2.5}}
+        (tmp_path / "result.json").write_text(json.dumps(result))
+    drawn = spied(monkeypatch, "loss_curves")
+    page = report.write_report(tmp_path).read_text()
+    apart = done and max_bytes is not None
+    for axes, name in zip(drawn["loss_curves"].axes, ("heldout_loss", "heldout_bits_per_byte"), strict=True):
+        shown = {label: line.tolist() for label, line in lines(axes).items() if label.startswith("held-out")}
+        points = [values(judged, "tokens"), values(judged, name)]
+        if apart:
+            assert shown == {"held-out, part": [p[:-1] for p in points], "held-out, all": [p[-1:] for p in points]}
+        else:
+            assert shown == {"held-out": points}
+    assert ("points on the way: about 60,000 bytes of the text" in page) == (max_bytes is not None)
+    assert ("All of it: the diamond, gzip." in page) == apart
+
+
+@pytest.mark.parametrize("steps", [99, 100])
+def test_a_running_mean_is_promised_where_it_is_drawn(tmp_path, monkeypatch, steps):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in run(steps)))
+    drawn = spied(monkeypatch, "loss_curves")
+    page = report.write_report(tmp_path).read_text()
+    assert len(drawn["loss_curves"].axes[0].get_lines()) == (4 if steps == 100 else 2)
+    assert ("running mean" in page) == (steps == 100)
+
+
+def test_the_main_and_the_mtp_loss_are_seen_where_they_are_alike():
+    """The thinner line lies on the wider one."""
+    main, mtp = report_plots.loss_curves(run(), [], {}).axes[0].get_lines()
+    assert (main.get_label(), mtp.get_label()) == ("main", "MTP")
+    assert mtp.get_linewidth() * 2 <= main.get_linewidth()
+
+
+def test_every_picture_has_a_caption_and_says_what_it_is_to_those_who_do_not_see_it(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in run()))
+    page = report.write_report(tmp_path).read_text()
+    alts = re.findall(r'<img alt="([^"]*)"', page)
+    assert len(set(alts)) == len(alts) == page.count("<figcaption>") == 4
+    assert "<figcaption></figcaption>" not in page
+    assert any("learning rate" in alt and "gradient norm" in alt for alt in alts)
 
 
 def test_the_bars_are_as_long_as_the_bits_per_byte():
@@ -210,8 +300,8 @@ def test_the_page_hands_the_records_of_the_run_to_the_pictures(tmp_path, monkeyp
     report.write_report(tmp_path)
     assert seen == {
         "compression_bars": (1.25, result["gzip"], result["xz"]),
-        "loss_curves": (train, judged, {"gzip": 2.5, "xz": 1.5}),
+        "loss_curves": (train, judged, {"gzip": 2.5, "xz": 1.5}, []),
         "training_curves": (train,),
-        "load_heat_maps": (train,),
-        "max_violation": (train,),
+        "load_heat_maps": (train, []),
+        "max_violation": (train, []),
     }
