@@ -21,6 +21,23 @@ METRIC = flags.DEFINE_string("metric", "max_vio", "the metric to draw")
 OUT = flags.DEFINE_string("out", "compare.png", "the picture to write (.png or .svg)")
 TITLE = flags.DEFINE_string("title", None, "the picture's title")
 
+LABELS = {
+    "max_vio": "MaxVio",
+    "load": "expert load",
+    "loss_main": "main loss, nats per token",
+    "loss_mtp": "MTP loss, nats per token",
+    "loss_balance": "balance loss, without α",
+    "heldout_loss": "held-out loss, nats per token",
+    "heldout_bits_per_byte": "held-out bits per byte",
+}
+
+
+def label(run: str, metric: str) -> str:
+    """What the vertical axis shows."""
+    name = LABELS.get(metric, metric.replace("_", " "))
+    per_layer = any(isinstance(record.get(metric), list) for record in read_metrics(run))
+    return f"{name}, mean over layers" if per_layer else name
+
 
 def series(run: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and values of a run's metric; per-layer values are averaged.
@@ -36,6 +53,16 @@ def series(run: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
     return tokens, np.array([np.mean(record[metric]) for record in records])
 
 
+def _without_hook(tokens: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Leaves out a last point that is close behind the one before.
+
+    A run logs its last step whatever the rhythm: the noise of two steps side by side would end the line in a hook.
+    """
+    gaps = np.diff(tokens)
+    end = -1 if len(gaps) > 1 and gaps[-1] < gaps[-2] / 2 else None
+    return tokens[:end], values[:end]
+
+
 def draw(runs: Sequence[str], metric: str, title: str | None) -> Figure:
     """One line per run, over tokens."""
     with styled():
@@ -43,8 +70,11 @@ def draw(runs: Sequence[str], metric: str, title: str | None) -> Figure:
         axes = figure.add_subplot()
         for run in runs:
             tokens, values = series(run, metric)
+            if not metric.startswith("heldout"):  # of these, the last is the run's result
+                tokens, values = _without_hook(tokens, values)
             axes.plot(tokens / 1e6, values, label=Path(run).name)
-        axes.set(xlabel="million tokens", ylabel=metric, title=title or metric, ylim=(0, None))
+        name = label(runs[0], metric)
+        axes.set(xlabel="million tokens", ylabel=name, title=title or name[0].upper() + name[1:], ylim=(0, None))
         axes.legend()
         return figure
 

@@ -27,7 +27,11 @@ def runs(tmp_path):
     for name, sign in (("with", -1), ("without", 1)):
         with MetricsWriter(tmp_path / name, tensorboard=False) as writer:
             for step in range(1, 9):
-                values = {"loss": 10.0 / step, "max_vio": [2 + sign * step / 8, 4 + sign * step / 8]}
+                values = {
+                    "loss": 10.0 / step,
+                    "loss_main": 9.0 / step,
+                    "max_vio": [2 + sign * step / 8, 4 + sign * step / 8],
+                }
                 writer.write(step, values, tokens=500_000 * step)
             writer.write(8, {"heldout_bits_per_byte": 2.5}, tokens=4_000_000, kind="eval")
     return [str(tmp_path / "with"), str(tmp_path / "without")]
@@ -42,7 +46,7 @@ def test_a_series_averages_over_layers(runs):
 
 
 def test_an_unknown_metric_lists_those_there_are(runs):
-    with pytest.raises(ConfigError, match=r"with has no metric maxvio; it has .*loss, max_vio"):
+    with pytest.raises(ConfigError, match=r"with has no metric maxvio; it has .*loss, loss_main, max_vio"):
         compare.series(runs[0], "maxvio")
 
 
@@ -53,9 +57,23 @@ def test_the_picture_has_a_named_line_for_each_run(runs):
         x, y = np.asarray(line.get_data(), np.float64)
         np.testing.assert_allclose(x, np.arange(1, 9) / 2, err_msg="million tokens")
         np.testing.assert_allclose(y, 3 + sign * np.arange(1, 9) / 8)
-    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title("left")) == ("million tokens", "max_vio", "max_vio")
+    name = "MaxVio, mean over layers"
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title("left")) == ("million tokens", name, name)
     assert axes.get_ylim()[0] == 0
+    assert compare.draw(runs, "loss_main", "Losses").axes[0].get_ylabel() == "main loss, nats per token"
     assert compare.draw(runs, "loss", "Losses").axes[0].get_title("left") == "Losses"
+
+
+@pytest.mark.parametrize(("metric", "kind"), [("loss", "train"), ("heldout_loss", "eval")])
+def test_the_last_step_does_not_end_a_line_in_a_hook(tmp_path, metric, kind):
+    """It is logged whatever the rhythm; of an evaluation it is the result, and stays."""
+    tokens = [1, 10, 20, 30, 31]
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        for step in tokens:
+            writer.write(step, {metric: 1.0}, tokens=step * 1_000_000, kind=kind)
+    (line,) = compare.draw([str(tmp_path)], metric, None).axes[0].get_lines()
+    assert line.get_xdata().tolist() == (tokens[:-1] if kind == "train" else tokens)
+    assert len(compare.series(str(tmp_path), metric)[0]) == len(tokens)
 
 
 @pytest.mark.parametrize(("name", "magic"), [("vio.png", b"\x89PNG"), ("vio.svg", b"<?xml")])
