@@ -60,7 +60,8 @@ class LoggingConfig:
     """What a run says about itself."""
 
     every_steps: int = 10
-    """Log every so many steps; only these wait for the device."""
+    """Log every so many steps. A process that is alone waits for the device only at these; several agree on whether to
+    go on after every step."""
     tensorboard: bool = True
     wandb: str | None = None
     """Weights & Biases project; none logs nothing there."""
