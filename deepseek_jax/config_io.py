@@ -13,7 +13,6 @@ import enum
 import json
 import math
 import os
-import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -192,14 +191,11 @@ def from_dict(cls: type[C], data: Any) -> C:
 
 def save_config(config: Any, path: str | os.PathLike) -> None:
     """Writes `config` to `path` as JSON: a local path, `gs://…` or `s3://…`."""
-    from deepseek_jax.paths import user_path  # a tenth of a second that `--help` does not need
+    from deepseek_jax.paths import user_path, write_aside  # a tenth of a second that `--help` does not need
 
     target = user_path(path, "the config")
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Written aside, then moved: a run that dies here leaves the old file or the new one, never half of one.
-    partial = target.parent / f"{target.name}.{uuid.uuid4().hex}.partial"
-    partial.write_text(json.dumps(to_dict(config), indent=2, allow_nan=False) + "\n")
-    partial.replace(target)
+    write_aside(target, json.dumps(to_dict(config), indent=2, allow_nan=False) + "\n")
 
 
 def load_config(cls: type[C], path: str | os.PathLike) -> C:

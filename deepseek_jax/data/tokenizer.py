@@ -27,7 +27,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from deepseek_jax.config import ConfigError
 from deepseek_jax.data.config import NUM_SPECIAL_TOKENS
 from deepseek_jax.data.errors import DataError
-from deepseek_jax.paths import user_path
+from deepseek_jax.paths import user_path, write_aside
 
 # Spellings by which a special token is found, the official one first. Later ones are those of other model families.
 SPECIAL_NAMES = {
@@ -115,7 +115,7 @@ class Tokenizer:
 
     def save(self, path: epath.PathLike) -> None:
         """Writes a `tokenizer.json` that `load` and Hugging Face's tools read."""
-        user_path(path, "the tokenizer").write_text(self._content, encoding="utf-8")
+        write_aside(user_path(path, "the tokenizer"), self._content)
 
     def require_specials(self, *roles: str, reason: str) -> None:
         """Raises `DataError` that names which of the special tokens `roles` the vocabulary lacks."""

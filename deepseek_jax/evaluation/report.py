@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 
 from deepseek_jax.evaluation import report_plots as plots
-from deepseek_jax.paths import user_path
+from deepseek_jax.paths import user_path, write_aside
 
 FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "result.json")
 REPORT_NAME = "report.html"
@@ -39,7 +39,7 @@ def write_report(run_dir: epath.PathLike) -> epath.Path:
         raise ReportError(f"no run to report on in {folder}: it has none of {', '.join(FILES)}")
     run = _Run(folder)
     path = folder / REPORT_NAME
-    path.write_text(_page(run))
+    write_aside(path, _page(run))
     return path
 
 

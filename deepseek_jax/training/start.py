@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import math
-import uuid
 
 import jax
 from etils import epath
@@ -137,8 +136,5 @@ def save_beginnings(experiment: Experiment, tokenizer: Tokenizer, folder: epath.
     """Writes tokenizer.json and config.json, from which a run goes on; process 0 does, for all."""
     if jax.process_index() != 0:
         return
-    # Aside, then moved: a run that dies here must not lose the one it had.
-    partial = folder / f"{TOKENIZER_NAME}.{uuid.uuid4().hex}.partial"
-    tokenizer.save(partial)
-    partial.replace(folder / TOKENIZER_NAME)
+    tokenizer.save(folder / TOKENIZER_NAME)
     save_config(experiment, folder / CONFIG_NAME)

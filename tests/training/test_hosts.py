@@ -226,13 +226,13 @@ def test_process_zero_alone_writes_the_beginnings(together, texts, tokenizer, tm
 
 def test_containers_with_one_process_number_write_to_files_of_their_own(texts, tmp_path, monkeypatch):
     written = []
-    real = type(epath.Path(tmp_path)).write_text
+    real = type(epath.Path(tmp_path)).write_bytes
 
-    def write_text(path, *arguments, **settings):
+    def write_bytes(path, *arguments, **settings):
         written.append(path.name)
         return real(path, *arguments, **settings)
 
-    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_text", write_text)
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_bytes", write_bytes)
     monkeypatch.setattr(os, "getpid", lambda: 1)
     for _ in range(2):
         save_config(experiment(texts), epath.Path(tmp_path / "config.json"))
