@@ -1,9 +1,12 @@
 """Training system of DeepSeek-V3 in JAX. This is the public face of its model zoo; importing it costs nothing.
 
-from deepseek_jax import create, generate, zoo
+import deepseek_jax as ds
 
-model = create(zoo.tiny())
-generate(model, [[1, 2, 3]], max_new_tokens=8)
+model = ds.load("DeepSeek-V2-Lite")      # a Hugging Face folder
+ds.generate(model, "def fibonacci(n):")
+
+model = ds.create(ds.zoo.tiny())         # or fresh weights
+ds.generate(model, [[1, 2, 3]], max_new_tokens=8)
 """
 
 from __future__ import annotations
@@ -16,12 +19,18 @@ if TYPE_CHECKING:
     from deepseek_jax.config import ModelConfig
     from deepseek_jax.inference.binding import create
     from deepseek_jax.inference.generate import generate
+    from deepseek_jax.inference.language_model import LanguageModel
+    from deepseek_jax.inference.sampling import Sampling
+    from deepseek_jax.interop.load import load
     from deepseek_jax.model.transformer import Transformer
     from deepseek_jax.objective import loss
 
-__all__ = ["ModelConfig", "Transformer", "create", "generate", "loss", "zoo"]
+__all__ = ["LanguageModel", "ModelConfig", "Sampling", "Transformer", "create", "generate", "load", "loss", "zoo"]
 
 _HOMES = {
+    "LanguageModel": "deepseek_jax.inference.language_model",
+    "Sampling": "deepseek_jax.inference.sampling",
+    "load": "deepseek_jax.interop.load",
     "ModelConfig": "deepseek_jax.config",
     "Transformer": "deepseek_jax.model.transformer",
     "create": "deepseek_jax.inference.binding",

@@ -39,8 +39,8 @@ class YarnConfig:
         require(self.factor >= 1, f"yarn.factor must be at least 1, not {self.factor}")
         require(self.original_length > 0, f"yarn.original_length must be positive, not {self.original_length}")
         require(
-            self.beta_fast > self.beta_slow,
-            f"yarn.beta_fast ({self.beta_fast}) must exceed yarn.beta_slow ({self.beta_slow})",
+            self.beta_fast >= self.beta_slow,
+            f"yarn.beta_fast ({self.beta_fast}) must be at least yarn.beta_slow ({self.beta_slow})",
         )
 
 

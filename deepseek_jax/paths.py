@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.util
 import os
+import shutil
 import tempfile
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from etils import epath
@@ -76,6 +79,33 @@ def write_aside(path: epath.PathLike, text: str) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def new_folder(path: epath.PathLike, what: str) -> Iterator[Path]:
+    """A folder that appears under its name only when it is whole: made aside, moved there at the end.
+
+    Yields the folder to fill, which lies beside `path` and is gone if anything fails; the folders above are made.
+
+    Raises:
+      ConfigError: `path` is in the cloud, takes no folder, or something has that name, at the start or at the end.
+    """
+    target = Path(local_path(path, what))
+    _require_free(target, what)
+    check_writable(target, what)
+    partial = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        _require_free(target, what)  # the system would move it over an empty folder
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _require_free(path: Path, what: str) -> None:
+    require(not _is_there(path), f"{what} {path} exists already; choose another name or remove it")
 
 
 def _is_there(path: Path) -> bool:

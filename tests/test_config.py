@@ -45,7 +45,7 @@ def test_configs_are_frozen():
         (lambda: AttentionConfig(qk_rope_head_dim=7), "attention.qk_rope_head_dim rotates pairs and must be even"),
         (lambda: AttentionConfig(q_lora_rank=0), "attention.q_lora_rank must be positive, or none"),
         (lambda: YarnConfig(factor=0.5), "yarn.factor must be at least 1, not 0.5"),
-        (lambda: YarnConfig(beta_fast=1.0), r"yarn.beta_fast \(1.0\) must exceed yarn.beta_slow \(1.0\)"),
+        (lambda: YarnConfig(beta_fast=0.5), r"yarn.beta_fast \(0.5\) must be at least yarn.beta_slow \(1.0\)"),
         (lambda: ModelConfig(num_dense_layers=62), r"between 0 and model.num_layers \(61\), not 62"),
         (lambda: ModelConfig(mtp_depth=-1), "model.mtp_depth cannot be negative: -1"),
     ],

@@ -7,8 +7,8 @@ the splitting of combined tokens stay decisions of the run.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import struct
 from collections.abc import Iterable
 
@@ -19,7 +19,7 @@ from deepseek_jax.data.config import ArrayRecord
 from deepseek_jax.data.documents import Document, Documents, digest, id_bytes
 from deepseek_jax.data.errors import DataError
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.paths import local_path
+from deepseek_jax.paths import local_path, new_folder
 
 _HEADER = struct.Struct("<IB")  # bytes of the id, bytes per token
 _FORMAT = 1
@@ -52,7 +52,6 @@ class CorpusWriter:
             raise DataError(f"{path}: exists already, and a corpus is never overwritten; choose another folder")
         if shards < 1:
             raise DataError(f"a corpus needs at least one shard, not {shards}")
-        self._work = self._path.parent / f"{self._path.name}.incomplete-{os.getpid()}"
         self._tokenizer = tokenizer
         self._names = [f"tokens-{i:05d}-of-{shards:05d}.array_record" for i in range(shards)]
         self._digests: list[list[int]] = [[] for _ in range(shards)]
@@ -61,10 +60,13 @@ class CorpusWriter:
     def __enter__(self) -> CorpusWriter:
         from array_record.python import array_record_module
 
-        self._work.mkdir(parents=True)
-        self._writers = [
-            array_record_module.ArrayRecordWriter(str(self._work / name), "group_size:1") for name in self._names
-        ]
+        with contextlib.ExitStack() as stack:
+            self._work = stack.enter_context(new_folder(self._path, "the tokenized corpus"))
+            self._writers = [
+                array_record_module.ArrayRecordWriter(str(self._work / name), "group_size:1") for name in self._names
+            ]
+            stack.push(self._finish)
+            self._exit = stack.pop_all()
         return self
 
     def write(self, documents: Iterable[Document]) -> None:
@@ -95,17 +97,19 @@ class CorpusWriter:
         }
 
     def __exit__(self, kind, error, traceback) -> None:
+        self._exit.__exit__(kind, error, traceback)
+
+    def _finish(self, kind, error, traceback) -> None:
+        """Completes the folder before it is moved to its place; what is raised here removes it."""
         for writer in self._writers:
             writer.close()
-        if kind is not None or self._count == 0:
-            self._work.rmtree()
-            if kind is None:
-                raise DataError("there is no document to write")
+        if kind is not None:
             return
+        if self._count == 0:
+            raise DataError("there is no document to write")
         np.save(self._work / "digests.npy", np.array([d for part in self._digests for d in part], np.uint64))
         self._tokenizer.save(self._work / "tokenizer.json")
         (self._work / "metadata.json").write_text(json.dumps(self.metadata, indent=2) + "\n")
-        self._work.rename(self._path)
 
 
 def open_array_record(source: ArrayRecord) -> Documents:

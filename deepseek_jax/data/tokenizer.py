@@ -134,6 +134,22 @@ class Tokenizer:
         encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(one.ids, np.int32) for one in encoded]
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Tokens of a text to be continued: with what the file puts around a text, often a beginning of sentence."""
+        return list(self._backend.encode(text, add_special_tokens=True).ids)
+
+    def encode_markup(self, text: str) -> list[int]:
+        """Tokens of a text that was written for the model, such as a chat template's: names of special tokens stand for
+        them. Never for documents.
+        """
+        return list(self._with_markup.encode(text, add_special_tokens=False).ids)
+
+    @functools.cached_property
+    def _with_markup(self) -> tokenizers.Tokenizer:
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.encode_special_tokens = False
+        return backend
+
     def decode(self, tokens: Iterable[int], *, skip_specials: bool = False) -> str:
         """Text of `tokens`; bytes that are no UTF-8 (a character cut in two) become U+FFFD."""
         table, special = self.token_bytes, self.special_ids

@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import functools
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,9 @@ from jax import lax
 
 from deepseek_jax.inference.binding import bind, bind_canonical
 from deepseek_jax.inference.cache import LatentCache
+from deepseek_jax.inference.chat import Message
 from deepseek_jax.inference.forward import decode_step, extend, prefill
+from deepseek_jax.inference.language_model import LanguageModel
 from deepseek_jax.inference.sampling import Sampling, draw, greedy
 from deepseek_jax.model.transformer import Transformer
 
@@ -112,32 +114,52 @@ class Generator:
 
 
 def generate(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
+    model: Transformer | LanguageModel,
+    prompts: str | Sequence[str] | Sequence[Sequence[int]] | Sequence[Message] | Sequence[Sequence[Message]],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int = 128,
     sampling: Sampling | None = None,
-    stop_ids: Collection[int] = (),
-) -> list[list[int]]:
+    stop_ids: Collection[int] | None = None,
+) -> Any:
     """Continues each prompt by at most `max_new_tokens` tokens.
 
     What a prompt gets does not depend on its batch mates. The draws of a prompt follow from the seed, the prompt
     and, where the same prompt is given several times, from which of them it is: so these differ from each other.
 
     Args:
-      model: bound to arrays; see `bind` and `create`.
-      prompts: token ids, none empty; lengths may differ.
+      model: from `load`, or a bound one from `create`, which knows no text.
+      prompts: a text, a conversation (`[{"role": "user", "content": "…"}]`), or several texts, conversations or lists
+        of token ids, none empty; lengths may differ.
       max_new_tokens: at least 1.
       sampling: default: greedy.
-      stop_ids: a continuation ends with the first of these, which is its last token.
+      stop_ids: a continuation ends with the first of these, which is its last token; None takes the model's own.
 
     Returns:
-      The new tokens of each prompt, without the prompt.
+      What is new, without the prompt: a text for a text or a conversation, token ids for token ids; a list of them
+      where several prompts were given.
 
     Raises:
       ValueError: an empty prompt, a token outside the vocabulary, no token to generate.
+      ChatError: text for a model without a tokenizer, a conversation for one without a chat template.
     """
-    return Generator(model).generate(prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids)
+    single = isinstance(prompts, str) or _is_conversation(prompts)
+    batch: list[Any] = [prompts] if single else list(prompts)
+    of_text = [isinstance(prompt, str) or _is_conversation(prompt) for prompt in batch]
+    speaker = model if isinstance(model, LanguageModel) else LanguageModel(model)
+    tokens = [speaker.encode(one) if text else one for one, text in zip(batch, of_text, strict=True)]
+    stop_ids = speaker.stop_ids if stop_ids is None else stop_ids
+    outputs = Generator(speaker.model).generate(
+        tokens, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids
+    )
+    answers = [
+        speaker.tokenizer.decode(output, skip_specials=True) if text else output
+        for output, text in zip(outputs, of_text, strict=True)
+    ]
+    return answers[0] if single else answers
+
+
+def _is_conversation(prompt: Any) -> bool:
+    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
 def bucket(length: int, step: int = _TOKEN_STEP) -> int:

@@ -20,10 +20,11 @@ import json
 import math
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -35,7 +36,7 @@ from deepseek_jax.training.checkpoint_checks import (
     describe,
     first_line,
 )
-from deepseek_jax.training.checkpoint_orbax import array_handler, save_args
+from deepseek_jax.training.checkpoint_orbax import StreamedArray, array_handler, open_array, save_args
 
 __all__ = ["CheckpointError", "CheckpointStore", "check_compatible", "check_entries"]
 
@@ -121,7 +122,7 @@ class CheckpointStore:
     def save(
         self,
         step: int,
-        arrays: Mapping[str, jax.Array],
+        arrays: Mapping[str, jax.Array | StreamedArray],
         documents: Mapping[str, Any],
         *,
         metric: float | None = None,
@@ -135,13 +136,14 @@ class CheckpointStore:
         Args:
           step: not negative, and not saved before.
           arrays: entries by canonical name, of any shape (scalars too), dtype and sharding; their devices may differ.
+            A `StreamedArray` is read while it is written, so what it reads from must stay until `wait` has returned.
           documents: JSON values by name. With several processes those of process 0 are written.
           metric: held-out bits per byte, or anything of which lower is better.
           wait: return only when the checkpoint is complete.
 
         Raises:
           CheckpointError: this save or the one before failed (a full disk, say); the step exists; an entry is not a
-            non-empty `jax.Array`; a document is not JSON. The previous checkpoints are untouched.
+            non-empty array; a document is not JSON. The previous checkpoints are untouched.
         """
         self.wait()
         _check_savable(step, arrays, documents)
@@ -246,6 +248,24 @@ class CheckpointStore:
                 return reader.restore(self.directory / str(step) / "arrays", args=request)
         except Exception as error:
             raise self._unreadable(step, error) from error
+
+    def reader(self, step: int, name: str) -> Callable[[int | None], np.ndarray]:
+        """A function that reads one entry from the disk: a piece at an index of its first dimension, or (None) all."""
+        self._require(step)
+        if name not in self._index(step)["entries"]:
+            raise CheckpointError(f"checkpoint {step} in {self.directory} has no entry {name}")
+        try:
+            array = open_array(self.directory / str(step) / "arrays", name)
+        except Exception as error:
+            raise self._unreadable(step, error) from error
+
+        def read(index: int | None) -> np.ndarray:
+            try:
+                return (array if index is None else array[index]).read().result()
+            except Exception as error:
+                raise self._unreadable(step, error) from error
+
+        return read
 
     # --- inside ---
 
@@ -352,15 +372,16 @@ class CheckpointStore:
         )
 
 
-def _check_savable(step: int, arrays: Mapping[str, jax.Array], documents: Mapping[str, Any]) -> None:
+def _check_savable(step: int, arrays: Mapping[str, jax.Array | StreamedArray], documents: Mapping[str, Any]) -> None:
     """Raises before any device work what Orbax would find out half-way."""
     if step < 0:
         raise CheckpointError(f"a checkpoint's step cannot be negative: {step}")
     if not arrays:
         raise CheckpointError(f"nothing to save at step {step}: no arrays were given")
     for name, array in arrays.items():
-        if not isinstance(array, jax.Array) or jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
-            kind = f"a {type(array).__name__}" if not isinstance(array, jax.Array) else "a typed random key"
+        known = isinstance(array, jax.Array | StreamedArray)
+        if not known or jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+            kind = "a typed random key" if known else f"a {type(array).__name__}"
             raise CheckpointError(f"entry {name} is {kind}; entries are jax.Array of plain numbers")
         if array.size == 0:
             raise CheckpointError(f"entry {name} has shape {array.shape}: an empty array cannot be saved, leave it out")

@@ -18,28 +18,32 @@ class CheckpointError(ValueError):
 
 def check_entries(
     saved: Mapping[str, jax.ShapeDtypeStruct],
-    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    wanted: Mapping[str, Any],
     *,
     skip: Iterable[str] = (),
     source: str = "the checkpoint",
+    dtypes: bool = True,
 ) -> None:
     """Raises `CheckpointError` unless `saved` holds exactly the entries of `wanted`, in the same shapes and dtypes.
 
     Args:
       saved: global shape and dtype of each entry on disk.
-      wanted: the same of each entry that the model at hand has.
+      wanted: the same of each entry that the model at hand has: anything with a shape and, for `dtypes`, a dtype.
       skip: prefixes of names that may be in `saved` only.
       source: names the checkpoint in the message.
+      dtypes: False where only the shapes must agree.
     """
+    form = _form if dtypes else _shape
     prefixes = tuple(skip)
     missing = [name for name in wanted if name not in saved]
     left_over = [name for name in saved if name not in wanted and not name.startswith(prefixes)]
     differing = [
-        f"{name} ({_form(saved[name])} saved, {_form(template)} wanted)"
+        f"{name} ({form(saved[name])} saved, {form(template)} wanted)"
         for name, template in wanted.items()
-        if name in saved and _form(saved[name]) != _form(template)
+        if name in saved and form(saved[name]) != form(template)
     ]
-    findings = (("missing", missing), ("left over", left_over), ("of another shape or dtype", differing))
+    other = "of another shape or dtype" if dtypes else "of another shape"
+    findings = (("missing", missing), ("left over", left_over), (other, differing))
     complaints = [f"{len(names)} {what}: {describe(names)}" for what, names in findings if names]
     if complaints:
         raise CheckpointError(f"{source} is of another architecture; entries " + "; entries ".join(complaints))
@@ -91,8 +95,12 @@ def first_line(error: BaseException) -> str:
     return text if len(text) <= 300 else text[:297] + "…"
 
 
+def _shape(entry: Any) -> str:
+    return f"[{','.join(map(str, entry.shape))}]"
+
+
 def _form(entry: jax.ShapeDtypeStruct) -> str:
-    return f"{jnp.dtype(entry.dtype).name}[{','.join(map(str, entry.shape))}]"
+    return jnp.dtype(entry.dtype).name + _shape(entry)
 
 
 def _shown(value: Any) -> str:

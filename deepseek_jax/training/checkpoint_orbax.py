@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
 
 # Arrays are cut into chunks of at most this many bytes, so that restoring on a finer mesh does not read each whole.
 _CHUNK_BYTES = 2**28
@@ -42,6 +47,48 @@ class StagedArrayHandler(ocp.type_handlers.ArrayHandler):
         ]
 
 
+@dataclasses.dataclass(frozen=True)
+class StreamedArray:
+    """An array that is written piece by piece, and is never whole in memory."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pieces: Callable[[], Iterator[tuple[int | None, np.ndarray]]]
+    """The pieces in turn: (index along the first dimension, what is there), or (None, all of it)."""
+
+    @property
+    def size(self) -> int:
+        """Numbers in it."""
+        return int(np.prod(self.shape))
+
+
+class StreamedArrayHandler(ocp.type_handlers.NumpyHandler):
+    """Writes a `StreamedArray` as the entry that a `jax.Array` would be: what reads it knows no difference."""
+
+    def typestr(self) -> str:
+        """The name in the metadata, by which a reader chooses its handler."""
+        return "jax.Array"
+
+    async def serialize(self, values, infos, args=None):
+        """Makes the writes, which wait for each other: two pieces are in memory at most."""
+        self._one_at_a_time = asyncio.Lock()
+        return await super().serialize(values, infos, args)
+
+    async def _open_and_write(self, value: StreamedArray, spec: dict[str, Any], context: ts.Context) -> None:
+        async with self._one_at_a_time:
+            if len(value.shape) == 3:  # a chunk for each piece, or a piece would write its neighbours again
+                spec["metadata"]["chunks"] = [1, *value.shape[1:]]
+            array = await ts.open(ts.Spec(spec), create=True, open=True, context=context)
+            pending = None
+            for index, piece in value.pieces():
+                if pending is not None:
+                    await pending
+                target = array if index is None else array[index]
+                pending = target.write(piece, can_reference_source_data_indefinitely=True)
+            if pending is not None:
+                await pending
+
+
 def array_handler() -> ocp.PyTreeCheckpointHandler:
     """The handler of a flat dictionary of arrays, with our array type in place of Orbax's."""
     # One owner per shard: with replicas sharing the work, `_spread` would wait for parts that nobody writes. The
@@ -49,8 +96,16 @@ def array_handler() -> ocp.PyTreeCheckpointHandler:
     arrays = StagedArrayHandler(
         primary_host=None, use_replica_parallel=False, enable_write_sharding_file=False, array_metadata_store=None
     )
-    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    streamed = StreamedArrayHandler(deepcopy_host_arrays=False)
+    registry = ocp.type_handlers.create_type_handler_registry((StreamedArray, streamed), (jax.Array, arrays))
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+
+
+def open_array(folder: epath.Path, name: str) -> ts.TensorStore:
+    """One entry of a saved dictionary of arrays, opened to be read piece by piece."""
+    base = str(folder) if "://" in str(folder) else {"driver": "file", "path": str(folder)}
+    store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+    return ts.open({"driver": "zarr", "kvstore": store}, open=True, read=True).result()
 
 
 def save_args(names: Iterable[str]) -> dict[str, ocp.SaveArgs]:

@@ -5,7 +5,7 @@ from small_model import small
 
 from deepseek_jax import zoo
 from deepseek_jax.planning.flops import forward_flops, training_flops, training_flops_per_token
-from deepseek_jax.planning.parameters import count_parameters, total_parameters
+from deepseek_jax.planning.parameters import active_parameters, count_parameters, total_parameters
 
 V3 = zoo.deepseek_v3()
 
@@ -53,17 +53,33 @@ def test_flops_without_attention_are_two_per_active_parameter():
     assert sum(flops.values()) - flops["attention"] == 2 * active
 
 
-@pytest.mark.parametrize(
-    ("config", "millions"),
-    [(V3, 671_026), (zoo.deepseek_v2_lite(), 15_706)],
-    ids=["v3", "v2_lite"],
-)
-def test_published_totals(config, millions):
-    assert round(total_parameters(config, mtp=False) / 1e6) == millions
-
-
 def test_v3_by_module():
     counts = count_parameters(V3)
     assert counts["moe"] / 58 == pytest.approx((11_320 + 187.1 + 0.0) * 1e6, rel=1e-3)
     assert counts["embedding"] == counts["head"] == 129280 * 7168
     assert counts["mtp"] == pytest.approx(11.6e9, rel=0.01)  # weights README: 11.5B, without the shared ends
+
+
+@pytest.mark.parametrize(
+    ("config", "both", "one"),
+    [(V3, 37.55, 36.63), (zoo.deepseek_v2_lite(), 2.66, 2.45)],
+    ids=["v3", "v2_lite"],
+)
+def test_active_parameters_with_both_vocabulary_matrices_and_with_one(config, both, one):
+    assert round(active_parameters(config, mtp=False) / 1e9, 2) == both
+    assert round(active_parameters(config, vocabulary_matrices=1, mtp=False) / 1e9, 2) == one
+
+
+def test_only_the_experts_that_a_token_does_not_visit_are_inactive():
+    config = small(mtp_depth=2)
+    expert = 3 * config.hidden_size * config.moe.expert_ffn_size
+    idle = config.moe.num_experts - config.moe.experts_per_token
+    assert total_parameters(config) - active_parameters(config) == (config.num_moe_layers + 2) * idle * expert
+    without = total_parameters(config, mtp=False) - active_parameters(config, mtp=False)
+    assert without == config.num_moe_layers * idle * expert
+
+
+def test_a_tied_vocabulary_matrix_is_active_by_both_counts():
+    config = small(tie_embeddings=True)
+    assert active_parameters(config, vocabulary_matrices=1) == active_parameters(config)
+    assert active_parameters(small()) - active_parameters(config) == config.vocab_size * config.hidden_size

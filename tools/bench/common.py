@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 from pathlib import Path
@@ -39,46 +40,10 @@ def hugging_face_config(config: ModelConfig):
     """`transformers.DeepseekV3Config` of the same architecture, without MTP."""
     import transformers
 
-    attention, moe = config.attention, config.moe
-    rope = {"rope_type": "default", "rope_theta": attention.rope_theta}
-    if attention.yarn is not None:
-        yarn = attention.yarn
-        rope |= {
-            "rope_type": "yarn",
-            "factor": yarn.factor,
-            "original_max_position_embeddings": yarn.original_length,
-            "beta_fast": yarn.beta_fast,
-            "beta_slow": yarn.beta_slow,
-            "mscale": yarn.mscale,
-            "mscale_all_dim": yarn.mscale_all_dim,
-        }
-    return transformers.DeepseekV3Config(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.dense_ffn_size,
-        moe_intermediate_size=moe.expert_ffn_size,
-        num_hidden_layers=config.num_layers,
-        first_k_dense_replace=config.num_dense_layers,
-        num_attention_heads=attention.num_heads,
-        num_key_value_heads=attention.num_heads,
-        q_lora_rank=attention.q_lora_rank,
-        kv_lora_rank=attention.kv_lora_rank,
-        qk_nope_head_dim=attention.qk_nope_head_dim,
-        qk_rope_head_dim=attention.qk_rope_head_dim,
-        v_head_dim=attention.v_head_dim,
-        rope_parameters=rope,
-        n_routed_experts=moe.num_experts,
-        n_shared_experts=moe.num_shared_experts,
-        num_experts_per_tok=moe.experts_per_token,
-        n_group=moe.num_groups,
-        topk_group=moe.groups_per_token,
-        norm_topk_prob=moe.normalize_weights,
-        routed_scaling_factor=moe.routed_scale,
-        rms_norm_eps=config.rms_norm_eps,
-        initializer_range=config.init_std,
-        tie_word_embeddings=config.tie_embeddings,
-        num_mtp_layers=0,
-    )
+    from deepseek_jax.interop.architecture import write_architecture
+
+    described = write_architecture(dataclasses.replace(config, mtp_depth=0))
+    return transformers.DeepseekV3Config.from_dict(described)
 
 
 def machine() -> str:

@@ -1,0 +1,105 @@
+"""Weights from a Hugging Face folder or a checkpoint straight into the arrays of a mesh: `deepseek_jax.load`.
+
+Each tensor is read once, decoded, and written into the shards that hold it. Host memory holds one expert or one matrix
+at a time beside what the devices hold.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from deepseek_jax.config import ConfigError
+from deepseek_jax.inference.language_model import LanguageModel
+from deepseek_jax.interop.huggingface import HuggingFaceFolder
+from deepseek_jax.interop.progress import ByteProgress
+from deepseek_jax.interop.tokenizer_files import read_chat_template, read_stop_ids, read_tokenizer
+from deepseek_jax.interop.weights import WeightSource, read
+from deepseek_jax.model.parameters import RouterBias, parameter_specs
+from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.parallel.filling import StackFiller
+from deepseek_jax.parallel.mesh import mesh_of
+from deepseek_jax.parallel.placement import ParameterLayout, place
+from deepseek_jax.tree import Tree, flatten, unflatten
+
+
+def load(folder: str | Path, *, dtype=None, mesh: Mesh | None = None, progress: bool = True) -> LanguageModel:
+    """A model from a Hugging Face folder, with its tokenizer.
+
+    Args:
+      folder: safetensors and config.json of DeepSeek-V3, V2 or a relative; its weights in BF16, FP16, float32, or FP8
+        with scales by block.
+      dtype: of the weights and the computation; None takes the folder's own, BF16 for FP8. Norms and the router are
+        float32 whatever it is.
+      mesh: where the weights go (see `parallel.mesh`): experts are split over `expert`, all else is copied to every
+        device. None takes the first device.
+      progress: show a bar, in bytes.
+
+    Raises:
+      InteropError: the folder lacks a tensor, holds one too many, is damaged, or is of an architecture that is not
+        supported.
+    """
+    mesh = mesh_of(np.asarray(jax.devices()[:1]).reshape(1, 1, 1, 1)) if mesh is None else mesh
+    if mesh.shape["pipe"] != 1:
+        raise ConfigError(
+            f"a model is loaded onto one pipeline stage: make the mesh with pipe=1, not {mesh.shape['pipe']}"
+        )
+    with HuggingFaceFolder(folder) as source:
+        tokenizer, template = read_tokenizer(source.path), read_chat_template(source.path)
+        source.check_copies()
+        if dtype is None:
+            stored = source.form(source.entries["embedding.weight"]).dtype
+            dtype = jnp.float32 if stored == np.float64 else stored
+        model = load_transformer(source, mesh, dtype=dtype, progress=progress)
+        return LanguageModel(model, tokenizer, template, stop_ids=read_stop_ids(source), name=str(source.path))
+
+
+def load_transformer(source: WeightSource, mesh: Mesh, *, dtype, progress: bool = False) -> Transformer:
+    """The model with the weights of `source` on a mesh of one stage, ready to be called."""
+    model, placement = Transformer(source.model), place(source.model)
+    layouts = [ParameterLayout(parameter_specs(model, kind), placement, mesh) for kind in (nnx.Param, RouterBias)]
+    params, bias = (filler.finish(drop_stage=True) for filler in fill(source, *layouts, dtype=dtype, progress=progress))
+    return nnx.merge(nnx.graphdef(model), unflatten({**flatten(params), **flatten(bias)}))
+
+
+def load_state(
+    source: WeightSource, params: ParameterLayout, bias: ParameterLayout, *, dtype=jnp.float32
+) -> tuple[Tree, Tree]:
+    """The parameters and router biases that a training run starts from, as it stacks them."""
+    return tuple(filler.finish() for filler in fill(source, params, bias, dtype=dtype, progress=True))
+
+
+def fill(
+    source: WeightSource, params: ParameterLayout, bias: ParameterLayout, *, dtype, progress: bool
+) -> tuple[StackFiller, StackFiller]:
+    """Reads what this process's devices hold of `source` into new arrays of the two layouts."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+
+    def filler_of(layout: ParameterLayout) -> StackFiller:
+        specs = flatten(layout.specs)
+        return StackFiller(layout, {n: wide if s.full_precision else jnp.dtype(dtype) for n, s in specs.items()})
+
+    weights, biases = filler_of(params), filler_of(bias)
+    total = sum(_entry_bytes(source, name) for name in source.entries)
+    with ByteProgress("loading", total, quiet=not progress) as done:
+        for name, entry in source.entries.items():
+            filler = biases if name.endswith("router.bias") else weights
+            shape = (1, *entry.spec.shape[1:]) if entry.stacked else entry.spec.shape
+            for row in range(len(entry.tensors)):
+                start = (row if entry.stacked else 0, *(0,) * (len(shape) - 1))
+                if filler.wants(name, start, shape):
+                    target = np.dtype(wide if entry.spec.full_precision else dtype)
+                    piece = entry.from_theirs([tensor.decoded(target) for tensor in read(source, entry, row)])
+                    filler.put(name, start, piece[None] if entry.stacked else piece)
+                done.add(_entry_bytes(source, name) // len(entry.tensors))
+    return weights, biases
+
+
+def _entry_bytes(source: WeightSource, name: str) -> int:
+    entry = source.entries[name]
+    return int(np.prod(entry.spec.shape)) * source.form(entry).dtype.itemsize

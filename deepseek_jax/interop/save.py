@@ -1,0 +1,158 @@
+"""Weights out to a Hugging Face folder, tensor by tensor: whole under its name, or not there at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+
+from deepseek_jax.config import ConfigError
+from deepseek_jax.interop.architecture import Quantization, write_architecture, write_quantization
+from deepseek_jax.interop.errors import InteropError
+from deepseek_jax.interop.fp8 import BLOCK, E4M3, quantise, scale_shape
+from deepseek_jax.interop.huggingface import SCALE_SUFFIX
+from deepseek_jax.interop.layout import Entry
+from deepseek_jax.interop.progress import ByteProgress
+from deepseek_jax.interop.safetensors import FolderWriter
+from deepseek_jax.interop.weights import Form, Tensor, WeightSource, read
+from deepseek_jax.paths import new_folder
+
+Precision = Literal["keep", "bfloat16", "float16", "float32", "fp8", "fp8_ue8m0"]
+"""How weights are written: each as it is stored; all in one dtype; or, as the released folders, the linear layers in
+FP8 with scales by block (float32, or powers of two) and the rest in BF16. Router biases are float32 in all but "keep".
+"""
+PRECISIONS: tuple[Precision, ...] = ("keep", "bfloat16", "float16", "float32", "fp8", "fp8_ue8m0")
+_FLOAT32 = np.dtype(np.float32)
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def save(
+    source: WeightSource,
+    target: str | Path,
+    *,
+    precision: Precision = "keep",
+    config: Mapping[str, Any] | None = None,
+    files: Mapping[str, Path | bytes] | None = None,
+    shard_bytes: int = 5_000_000_000,
+    progress: bool = True,
+) -> None:
+    """Writes a folder that `transformers`, and `deepseek_jax.load`, load.
+
+    Weights that are FP8 already keep their codes and scales wherever FP8 is asked for.
+
+    Args:
+      source: where the weights are read from.
+      target: the folder to make; it must not exist.
+      precision: see `Precision`.
+      config: an original config.json, whose other fields are kept.
+      files: what else belongs in the folder, by name: a file to copy, or its content.
+      shard_bytes: a file of weights is no larger, unless a single tensor is.
+      progress: show a bar, in bytes.
+
+    Raises:
+      ConfigError: the target exists, or is in the cloud.
+      InteropError: the architecture cannot be written so, or the disk has no room.
+    """
+    writing = _Writing(source, precision)
+    plan = {name: form for entry in source.entries.values() for name, form in writing.tensors(entry)}
+    document = writing.config(config)
+    total = sum(int(np.prod(shape)) * dtype.itemsize for dtype, shape in plan.values())
+    with (
+        new_folder(target, "the Hugging Face folder") as folder,
+        ByteProgress("writing", total, quiet=not progress) as done,
+    ):
+        check_room(folder, total)
+        with FolderWriter(folder, plan, shard_bytes=shard_bytes) as writer:
+            for entry in source.entries.values():
+                for row in range(len(entry.tensors)):
+                    for name, array in writing.converted(entry, row):
+                        writer.write(name, array)
+                        done.add(array.nbytes)
+        for name, content in (files or {}).items():
+            if isinstance(content, bytes):
+                (folder / name).write_bytes(content)
+            else:
+                shutil.copyfile(content, folder / name)
+        (folder / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raises `InteropError` where a disk has no room for so many bytes more."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InteropError(
+            f"{folder.parent} has {free / 1e9:,.1f} GB free, and {needed / 1e9:,.1f} GB are to be written; "
+            "free some, or write to another disk"
+        )
+
+
+class _Writing:
+    """What is written of each tensor of a source, in one precision."""
+
+    def __init__(self, source: WeightSource, precision: Precision):
+        if precision not in PRECISIONS:
+            raise ConfigError(f"the precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+        self.source, self.precision = source, precision
+        self.quantization: Quantization | None = None
+        """Of the FP8 tensors that are written."""
+        stored = source.quantization
+        if precision == "fp8_ue8m0":
+            self.quantization = Quantization(stored.block if stored else BLOCK, "ue8m0")
+        elif precision in ("keep", "fp8"):
+            self.quantization = stored or (Quantization() if precision == "fp8" else None)
+        self._keeps_codes = precision in ("keep", "fp8") or self.quantization == stored
+
+    def form(self, entry: Entry) -> Form:
+        """How the tensors of an entry are written."""
+        stored = self.source.form(entry)
+        if self.precision == "keep" or (stored.is_fp8 and self.quantization is not None and self._keeps_codes):
+            return stored
+        if entry.name.endswith("router.bias"):
+            return Form(_FLOAT32)
+        if self.quantization is not None:
+            return Form(E4M3, _FLOAT32) if entry.may_be_fp8 else Form(_BFLOAT16)
+        return Form(np.dtype(getattr(ml_dtypes, self.precision, self.precision)))
+
+    def tensors(self, entry: Entry) -> Iterator[tuple[str, tuple[np.dtype, tuple[int, ...]]]]:
+        """Name, dtype and shape of every tensor of an entry, scales and copies included."""
+        form = self.form(entry)
+        for name in [*(name for row in entry.tensors for name in row), *entry.copies]:
+            yield name, (form.dtype, entry.tensor_shape)
+            if form.scale_dtype is not None:
+                assert self.quantization is not None
+                yield name + SCALE_SUFFIX, (form.scale_dtype, scale_shape(entry.tensor_shape, self.quantization.block))
+
+    def converted(self, entry: Entry, row: int) -> Iterator[tuple[str, np.ndarray]]:
+        """The tensors of one row of an entry as they are written, by name."""
+        form = self.form(entry)
+        for name, tensor in zip(entry.tensors[row], read(self.source, entry, row), strict=True):
+            values, scales = self._convert(tensor, form)
+            for each in (name, *entry.copies):
+                yield each, values
+                if scales is not None:
+                    yield each + SCALE_SUFFIX, scales
+
+    def _convert(self, tensor: Tensor, form: Form) -> tuple[np.ndarray, np.ndarray | None]:
+        if not form.is_fp8:
+            values = tensor.decoded(form.dtype)
+            return values if values.dtype == form.dtype else values.astype(form.dtype), None
+        if tensor.scales is not None and self._keeps_codes:
+            return tensor.values, tensor.scales
+        assert self.quantization is not None
+        powers_of_two = self.quantization.scale_format == "ue8m0"
+        return quantise(tensor.decoded(_FLOAT32), powers_of_two=powers_of_two, block=self.quantization.block)
+
+    def config(self, base: Mapping[str, Any] | None) -> dict[str, Any]:
+        """config.json."""
+        document = write_quantization(write_architecture(self.source.model, base=base), self.quantization)
+        key = "dtype" if "dtype" in document else "torch_dtype"
+        if self.precision != "keep":
+            document[key] = self.precision if self.quantization is None else "bfloat16"
+        elif key not in document:
+            document[key] = self.source.form(self.source.entries["embedding.weight"]).dtype.name
+        return document

@@ -1,0 +1,129 @@
+"""Checkpoints as sources of weights, and weights as checkpoints: one entry at a time, whatever the model's size.
+
+A checkpoint holds the weights of a training run, in float32 and without scales, or what was converted from a Hugging
+Face folder: each entry in the folder's dtype, the scales of FP8 entries under `scale_inv/<canonical name>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.config_io import from_dict, to_dict
+from deepseek_jax.interop.architecture import Quantization, read_quantization, rope_interleaved
+from deepseek_jax.interop.layout import Entry, entries
+from deepseek_jax.interop.progress import ByteProgress
+from deepseek_jax.interop.weights import Form, WeightSource
+from deepseek_jax.paths import local_path
+from deepseek_jax.training.canonical import OPTIMIZER
+from deepseek_jax.training.checkpoint import CheckpointError, CheckpointStore, check_entries
+from deepseek_jax.training.checkpoint_orbax import StreamedArray
+
+CHECKPOINTS = "checkpoints"
+SCALES = "scale_inv/"
+"""Prefix of the scales of an FP8 entry, which lie as the entry does: `[in/128, out/128]`, stacked where it is."""
+CONFIG_DOCUMENT = "huggingface"
+"""The document that holds the config.json of the folder that a checkpoint was converted from."""
+
+
+class CheckpointWeights:
+    """The weights of one checkpoint, without its optimizer state."""
+
+    def __init__(self, folder: str | Path, step: int | None = None):
+        """Opens the newest checkpoint, or that of `step`, in a run's folder or a folder of checkpoints.
+
+        Raises `CheckpointError` where there is none, or it does not hold the model that it says.
+        """
+        self.path = Path(local_path(folder, "the checkpoint folder"))
+        within = self.path / CHECKPOINTS
+        self._store = CheckpointStore(within if within.exists() else self.path)
+        newest = self._store.latest_step() if step is None else step
+        if newest is None:
+            raise CheckpointError(f"{self.path} holds no checkpoint; name a run's folder, or one of checkpoints")
+        self.step = newest
+        documents = self._store.documents(newest)
+        self.config: Mapping[str, Any] | None = documents.get(CONFIG_DOCUMENT)
+        """config.json of the Hugging Face folder that it comes from; None where it was trained here."""
+        self.model: ModelConfig = from_dict(ModelConfig, documents["meta"]["model"])
+        interleaved = self.config is None or rope_interleaved(self.config)
+        self.entries: Mapping[str, Entry] = entries(self.model, rope_interleaved=interleaved)
+        self._saved = self._store.entries(newest)
+        self.quantization: Quantization | None = None
+        if any(name.startswith(SCALES) for name in self._saved):
+            self.quantization = read_quantization(self.config or {}) or Quantization()
+        self._check()
+        self._opened: dict[str, Callable[[int | None], np.ndarray]] = {}
+
+    def form(self, entry: Entry) -> Form:
+        """How the tensors of `entry` are stored."""
+        scales = self._saved.get(SCALES + entry.name)
+        return Form(np.dtype(self._saved[entry.name].dtype), None if scales is None else np.dtype(scales.dtype))
+
+    def values(self, entry: Entry, row: int) -> list[np.ndarray]:
+        """The tensors `entry.tensors[row]`, read from the disk."""
+        return entry.to_theirs(self._read(entry.name, row if entry.stacked else None))
+
+    def scales(self, entry: Entry, row: int) -> list[np.ndarray]:
+        """The scales of these tensors, which are FP8."""
+        return entry.scales_to_theirs(self._read(SCALES + entry.name, row if entry.stacked else None))
+
+    def _read(self, name: str, index: int | None) -> np.ndarray:
+        if name not in self._opened:
+            self._opened[name] = self._store.reader(self.step, name)
+        return self._opened[name](index)
+
+    def _check(self) -> None:
+        """Raises `CheckpointError` unless the entries have the names and shapes of the architecture."""
+        wanted = {name: entry.spec for name, entry in self.entries.items()}
+        saved = {name: form for name, form in self._saved.items() if not name.startswith((OPTIMIZER, SCALES))}
+        check_entries(saved, wanted, source=f"checkpoint {self.step} in {self.path}", dtypes=False)
+
+
+def write_checkpoint(
+    source: WeightSource, folder: Path, *, config: Mapping[str, Any] | None = None, progress: bool = True
+) -> None:
+    """Writes weights into `folder` as a checkpoint of step 0, each as it is stored, scales included.
+
+    Args:
+      source: where they are read from, one expert or one matrix at a time.
+      folder: an existing folder, which gets `checkpoints/0`.
+      config: the config.json to keep with it.
+      progress: show a bar, in bytes.
+
+    Raises:
+      CheckpointError: the disk is full, or cannot be written.
+    """
+    total = sum(int(np.prod(entry.spec.shape)) * source.form(entry).dtype.itemsize for entry in source.entries.values())
+    documents = {"meta": {"model": to_dict(source.model), "step": 0, "tokens": 0}, CONFIG_DOCUMENT: config}
+    with ByteProgress("writing", total, quiet=not progress) as done, CheckpointStore(folder / CHECKPOINTS) as store:
+        streams = [_streams(source, entry, done.add) for entry in source.entries.values()]
+        arrays = {name: stream for part in streams for name, stream in part.items()}
+        store.save(
+            0, arrays, {name: document for name, document in documents.items() if document is not None}, wait=True
+        )
+
+
+def _streams(source: WeightSource, entry: Entry, report: Callable[[int], None]) -> dict[str, StreamedArray]:
+    """An entry, and its scales where it has any, as arrays that are read while they are written."""
+    form = source.form(entry)
+
+    def values() -> Iterator[tuple[int | None, np.ndarray]]:
+        for row in range(len(entry.tensors)):
+            block = np.ascontiguousarray(entry.from_theirs(source.values(entry, row)))
+            yield row if entry.stacked else None, block
+            report(block.nbytes)
+
+    def scales() -> Iterator[tuple[int | None, np.ndarray]]:
+        for row in range(len(entry.tensors)):
+            yield row if entry.stacked else None, entry.scales_from_theirs(source.scales(entry, row))
+
+    streams = {entry.name: StreamedArray(entry.spec.shape, form.dtype, values)}
+    if form.scale_dtype is not None:
+        assert source.quantization is not None
+        shape = entry.scales_shape(source.quantization.block)
+        streams[SCALES + entry.name] = StreamedArray(shape, form.scale_dtype, scales)
+    return streams
