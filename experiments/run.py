@@ -44,6 +44,8 @@ Start it again:   python -m experiments.run --config runs/tiny.pretrain/config.j
   --workdir DIR         where the run lives; default runs/RECIPE
   --resume              continue from the last checkpoint in the workdir
   --config FILE         take a saved config instead of a recipe
+  --init_from FROM      start from weights, not from the seed: hf:FOLDER (Hugging Face), or the folder of another run.
+                        Architecture and tokenizer are taken from there; optimizer and data begin anew
   --profile FIRST:LAST  write an XProf trace of these steps to WORKDIR/profile
   --virtual_devices N   N devices on the CPU; a recipe for one device splits its batch over them (parallel.data=N).
                         One per core trains fastest; more simulate a mesh
@@ -102,7 +104,7 @@ def _options() -> flags.FlagValues:
     flags.DEFINE_multi_string("set", [], "", flag_values=options)
     for name in ("print_config", "resume", "debug", "list"):
         flags.DEFINE_bool(name, False, "", flag_values=options)
-    for name in ("workdir", "config", "profile"):
+    for name in ("workdir", "config", "profile", "init_from"):
         flags.DEFINE_string(name, None, "", flag_values=options)
     flags.DEFINE_integer("virtual_devices", 0, "", lower_bound=0, flag_values=options)
     return options
@@ -130,6 +132,12 @@ def _resolve(options: flags.FlagValues, positional: Sequence[str]) -> tuple[Any,
         raise UsageError("name a recipe, such as tiny.pretrain; --list shows them all")
     from deepseek_jax.config_io import override_all
 
+    if options.init_from:
+        from deepseek_jax.training.init_from import starting_from
+
+        if options.resume:
+            raise UsageError("--resume continues from the run's own checkpoint; leave out --init_from")
+        experiment = starting_from(experiment, options.init_from)
     experiment = override_all(experiment, options.set)
     if options.virtual_devices > 1 and math.prod(experiment.parallel.shape) == 1:
         experiment = override_all(experiment, [f"parallel.data={options.virtual_devices}"])

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from deepseek_jax.interop.host import on_host
+
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 E4M3_MAX = 448.0
 BLOCK = (128, 128)
@@ -26,7 +28,7 @@ def scale_shape(shape: tuple[int, ...], block: tuple[int, int] = BLOCK) -> tuple
 
 def dequantise(codes: np.ndarray, scales: np.ndarray, dtype, block: tuple[int, int] = BLOCK) -> np.ndarray:
     """Codes `[M, N]` times the scales of their blocks `[⌈M/128⌉, ⌈N/128⌉]`: a float32 product, rounded to `dtype`."""
-    return _on_host(_dequantise, codes, scales, dtype=jnp.dtype(dtype), block=block)
+    return on_host(_dequantise, codes, scales, dtype=jnp.dtype(dtype), block=block)
 
 
 def quantise(
@@ -35,7 +37,7 @@ def quantise(
     """Codes E4M3 `[M, N]` and float32 scales by block: the largest of a block becomes 448, or less where the scale is
     rounded up to a power of two. A block of zeros has scale 1.
     """
-    return _on_host(_quantise, weights, powers_of_two=powers_of_two, block=block)
+    return on_host(_quantise, weights, powers_of_two=powers_of_two, block=block)
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "block"))
@@ -62,9 +64,3 @@ def _spread(scales: jax.Array, shape: tuple[int, ...], block: tuple[int, int]) -
     """Each block's scale at each of its elements."""
     by_column = jnp.repeat(scales, block[1], axis=1)[:, : shape[1]]
     return jnp.repeat(by_column, block[0], axis=0)[: shape[0]]
-
-
-def _on_host(function, *arrays: np.ndarray, **options):
-    """Runs on the CPU, whatever device is the default: weights come from the disk and may not fit an accelerator."""
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        return jax.tree.map(np.asarray, function(*arrays, **options))

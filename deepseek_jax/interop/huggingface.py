@@ -43,7 +43,8 @@ class HuggingFaceFolder:
     its shape and a dtype that can be read, and no other.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, *, check: bool = True):
+        """Opens and checks a folder; `check=False` leaves it to the caller to look at `problems`."""
         self.path = Path(local_path(folder, "the Hugging Face folder"))
         self.config = read_json(self.path / "config.json")
         source = str(self.path / "config.json")
@@ -53,7 +54,10 @@ class HuggingFaceFolder:
         if self.quantization is None and any(info.dtype == E4M3 for info in self.tensors.values()):
             self.quantization = Quantization()
         self.entries: Mapping[str, Entry] = entries(self.model, rope_interleaved=rope_interleaved(self.config))
-        self._check()
+        if check and (problems := self.problems()):
+            raise InteropError(
+                f"{self.path} does not hold the model that its config.json describes; {'; '.join(problems)}"
+            )
 
     def form(self, entry: Entry) -> Form:
         """How the tensors of `entry` are stored; all of them alike."""
@@ -111,8 +115,8 @@ class HuggingFaceFolder:
         logging.info("%s: config.json names %d MTP modules, of which no weight is there", self.path, model.mtp_depth)
         return dataclasses.replace(model, mtp_depth=0)
 
-    def _check(self) -> None:
-        """Compares what is there with what the architecture needs, and names every kind of difference at once."""
+    def problems(self) -> list[str]:
+        """How what is there differs from what the architecture needs: a line for each kind of difference."""
         wanted: dict[str, tuple[int, ...]] = {}
         dtypes: list[str] = []
         for entry in self.entries.values():
@@ -135,11 +139,7 @@ class HuggingFaceFolder:
             ("of another shape", shapes),
             ("of an unexpected dtype", dtypes),
         )
-        complaints = [f"{_counted(names)} {what}: {_some(names)}" for what, names in findings if names]
-        if complaints:
-            raise InteropError(
-                f"{self.path} does not hold the model that its config.json describes; " + "; ".join(complaints)
-            )
+        return [f"{_counted(names)} {what}: {_some(names)}" for what, names in findings if names]
 
     def _check_dtypes(self, entry: Entry, names: Sequence[str]) -> list[str]:
         """What is wrong with the dtypes of these tensors, in words."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from deepseek_jax.config import AttentionConfig, ModelConfig
 from deepseek_jax.interop.fp8 import scale_shape
+from deepseek_jax.interop.host import contiguous
 from deepseek_jax.model.parameters import ParameterSpec, RouterBias, parameter_specs
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.placement import KINDS, place
@@ -106,10 +107,8 @@ class Entry:
         """The inverse of `from_theirs`."""
         joined = block.T if self.transposed else block
         if self.row_order is not None:
-            restored = np.empty_like(joined)
-            restored[self.row_order] = joined
-            joined = restored
-        return np.split(joined, len(self.tensors[0]))
+            joined = joined[np.argsort(self.row_order)]
+        return [contiguous(part) for part in np.split(joined, len(self.tensors[0]))]
 
     def scales_shape(self, block: tuple[int, int]) -> tuple[int, ...]:
         """Shape of all scales of the array, as `scales_from_theirs` lays them out, experts stacked."""

@@ -81,6 +81,22 @@ def save(
         (folder / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
+def convert(
+    tensor: Tensor, form: Form, stored: Quantization | None, wanted: Quantization | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """A tensor in another form: values, and scales where the form has them.
+
+    Codes are kept where they are scaled as `wanted` says; otherwise they are decoded in float32 and made anew.
+    """
+    if not form.is_fp8:
+        values = tensor.decoded(form.dtype)
+        return values if values.dtype == form.dtype else values.astype(form.dtype), None
+    if tensor.scales is not None and stored == wanted:
+        return tensor.values, tensor.scales
+    assert wanted is not None
+    return quantise(tensor.decoded(_FLOAT32), powers_of_two=wanted.scale_format == "ue8m0", block=wanted.block)
+
+
 def check_room(folder: Path, needed: int) -> None:
     """Raises `InteropError` where a disk has no room for so many bytes more."""
     free = shutil.disk_usage(folder).free
@@ -105,12 +121,11 @@ class _Writing:
             self.quantization = Quantization(stored.block if stored else BLOCK, "ue8m0")
         elif precision in ("keep", "fp8"):
             self.quantization = stored or (Quantization() if precision == "fp8" else None)
-        self._keeps_codes = precision in ("keep", "fp8") or self.quantization == stored
 
     def form(self, entry: Entry) -> Form:
         """How the tensors of an entry are written."""
         stored = self.source.form(entry)
-        if self.precision == "keep" or (stored.is_fp8 and self.quantization is not None and self._keeps_codes):
+        if self.precision == "keep" or (stored.is_fp8 and self.quantization == self.source.quantization):
             return stored
         if entry.name.endswith("router.bias"):
             return Form(_FLOAT32)
@@ -131,21 +146,11 @@ class _Writing:
         """The tensors of one row of an entry as they are written, by name."""
         form = self.form(entry)
         for name, tensor in zip(entry.tensors[row], read(self.source, entry, row), strict=True):
-            values, scales = self._convert(tensor, form)
+            values, scales = convert(tensor, form, self.source.quantization, self.quantization)
             for each in (name, *entry.copies):
                 yield each, values
                 if scales is not None:
                     yield each + SCALE_SUFFIX, scales
-
-    def _convert(self, tensor: Tensor, form: Form) -> tuple[np.ndarray, np.ndarray | None]:
-        if not form.is_fp8:
-            values = tensor.decoded(form.dtype)
-            return values if values.dtype == form.dtype else values.astype(form.dtype), None
-        if tensor.scales is not None and self._keeps_codes:
-            return tensor.values, tensor.scales
-        assert self.quantization is not None
-        powers_of_two = self.quantization.scale_format == "ue8m0"
-        return quantise(tensor.decoded(_FLOAT32), powers_of_two=powers_of_two, block=self.quantization.block)
 
     def config(self, base: Mapping[str, Any] | None) -> dict[str, Any]:
         """config.json."""

@@ -84,6 +84,9 @@ class Experiment:
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    init_from: str | None = None
+    """Where the first weights come from: `hf:` and a Hugging Face folder, or a run's folder; none: the seed. Set by
+    `--init_from`, which takes the architecture and the tokenizer from there as well."""
     seed: int = 0
     """Decides initial weights and the order of data."""
     mask_documents: bool = False

@@ -27,6 +27,7 @@ from deepseek_jax.training import canonical
 from deepseek_jax.training.checkpoint import CheckpointStore
 from deepseek_jax.training.experiment import Experiment
 from deepseek_jax.training.finish import HeldoutEvaluator, finish_run
+from deepseek_jax.training.init_from import first_state
 from deepseek_jax.training.metrics import MetricsWriter, check_wandb
 from deepseek_jax.training.profiling import StepTrace, measure_matmul_peak
 from deepseek_jax.training.progress import Progress, TrainingClock, human_count
@@ -134,13 +135,13 @@ def train(
     )
     evaluator = HeldoutEvaluator(experiment, trainer, tokenizer)
 
-    # --- state: from the newest checkpoint, or from the seed, where a run that died before its first one was ---
+    # --- state: from the newest checkpoint, or from what the run begins with, as where it died before its first one ---
     identity = {"model": to_dict(experiment.model), "tokenizer_fingerprint": tokenizer.fingerprint()}
     latest = latest_step(store)  # before that, every process has checked the folder
     if latest is not None:
         state, step, tokens, seconds = restore(store, latest, trainer, rows, identity, type(experiment.model))
     else:
-        state, step, tokens, seconds = trainer.initial_state(experiment.seed), 0, 0, 0.0
+        state, step, tokens, seconds = first_state(experiment, trainer), 0, 0, 0.0
     started -= seconds
 
     # --- steps: only now, when nothing of it can be wrong any more, does the folder change ---

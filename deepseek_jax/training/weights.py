@@ -15,6 +15,7 @@ import numpy as np
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.config_io import from_dict, to_dict
 from deepseek_jax.interop.architecture import Quantization, read_quantization, rope_interleaved
+from deepseek_jax.interop.host import contiguous
 from deepseek_jax.interop.layout import Entry, entries
 from deepseek_jax.interop.progress import ByteProgress
 from deepseek_jax.interop.weights import Form, WeightSource
@@ -113,7 +114,7 @@ def _streams(source: WeightSource, entry: Entry, report: Callable[[int], None]) 
 
     def values() -> Iterator[tuple[int | None, np.ndarray]]:
         for row in range(len(entry.tensors)):
-            block = np.ascontiguousarray(entry.from_theirs(source.values(entry, row)))
+            block = contiguous(entry.from_theirs(source.values(entry, row)))
             yield row if entry.stacked else None, block
             report(block.nbytes)
 

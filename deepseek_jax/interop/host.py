@@ -1,0 +1,25 @@
+"""Work on the host's CPU, whatever device is the default: weights come from a disk, and may not fit an accelerator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def on_host(function: Callable, *arrays: np.ndarray, **options: Any) -> Any:
+    """What a jax function makes of NumPy arrays, as NumPy arrays."""
+    with jax.default_device(cpu()):
+        return jax.tree.map(np.asarray, function(*arrays, **options))
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """The array in row-major order, itself where it is so already; several times faster than NumPy's own copy."""
+    return array if array.flags.c_contiguous else np.asarray(jax.device_put(array, cpu()))
+
+
+def cpu() -> jax.Device:
+    """This process's CPU."""
+    return jax.local_devices(backend="cpu")[0]
