@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -46,6 +47,9 @@ SPECIAL_NAMES = {
     "think_end": ("</think>",),
 }
 FIM_NAMES = ("fim_begin", "fim_hole", "fim_end")
+
+_MARKUP = re.compile(r"<[|｜].+[|｜]>", re.DOTALL)
+"""What marks a part of a text for the model, and is written by nobody else."""
 
 _DIGITS = r"\p{N}{1,3}"
 _EAST_ASIAN = r"[\p{Han}\p{Hiragana}\p{Katakana}]+"
@@ -95,6 +99,9 @@ class Tokenizer:
             setattr(self, f"{role}_id", None if found is None else backend.token_to_id(found))
             if found is not None:  # many files mark User, <think> and others as words, which text would turn into
                 backend.add_special_tokens([found])
+        # Markup that the file calls words, as DeepSeek's calls its tools': no text may turn into it either.
+        words = [t.content for t in backend.get_added_tokens_decoder().values() if not t.special]
+        backend.add_special_tokens([word for word in words if _MARKUP.fullmatch(word)])
         self.require_specials("eos", reason="every document ends with it")
         if self.pad_id is None:
             self.pad_id = self.eos_id  # padding is masked from the loss, so any id will do

@@ -20,7 +20,7 @@ from jax import lax
 
 from deepseek_jax.inference.binding import bind, bind_canonical
 from deepseek_jax.inference.cache import LatentCache
-from deepseek_jax.inference.chat import Message
+from deepseek_jax.inference.chat import ChatError, Message
 from deepseek_jax.inference.forward import decode_step, extend, prefill
 from deepseek_jax.inference.language_model import LanguageModel
 from deepseek_jax.inference.sampling import Sampling, draw, greedy
@@ -132,7 +132,8 @@ def generate(
         of token ids, none empty; lengths may differ.
       max_new_tokens: at least 1.
       sampling: default: greedy.
-      stop_ids: a continuation ends with the first of these, which is its last token; None takes the model's own.
+      stop_ids: a continuation ends with the first of these, which is its last token, and a text before it; None takes
+        the model's own.
 
     Returns:
       What is new, without the prompt: a text for a text or a conversation, token ids for token ids; a list of them
@@ -140,8 +141,11 @@ def generate(
 
     Raises:
       ValueError: an empty prompt, a token outside the vocabulary, no token to generate.
-      ChatError: text for a model without a tokenizer, a conversation for one without a chat template.
+      ChatError: text for a model without a tokenizer, a conversation for one without a chat template or that its
+        template cannot render.
     """
+    if isinstance(prompts, Mapping):
+        raise ChatError("a conversation is a list of messages, and this is one message: put it into a list")
     single = isinstance(prompts, str) or _is_conversation(prompts)
     batch: list[Any] = [prompts] if single else list(prompts)
     of_text = [isinstance(prompt, str) or _is_conversation(prompt) for prompt in batch]
@@ -152,7 +156,7 @@ def generate(
         tokens, max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids
     )
     answers = [
-        speaker.tokenizer.decode(output, skip_specials=True) if text else output
+        speaker.decode(output[:-1] if output[-1] in stop_ids else output) if text else output
         for output, text in zip(outputs, of_text, strict=True)
     ]
     return answers[0] if single else answers

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.data.tokenizer import Tokenizer
-from deepseek_jax.inference.chat import ChatError, ChatTemplate, Message
+from deepseek_jax.inference.chat import ChatError, ChatTemplate, Message, check_text, conversation_tokens
 from deepseek_jax.model.transformer import Transformer
 
 
@@ -46,19 +47,25 @@ class LanguageModel:
     def __call__(self, tokens: Any, *, positions: Any = None, segment_ids: Any = None) -> jax.Array:
         """Logits `[B, S, V]` of tokens int32 `[B, S]`, float32 or wider; padding belongs on the right."""
         graphdef, state = nnx.split(self.model)
-        return _logits(graphdef, state, tokens, positions, segment_ids)
+        return _logits(graphdef, state, jnp.asarray(tokens), positions, segment_ids)
 
     def encode(self, prompt: str | Sequence[Message]) -> list[int]:
         """A text, or a conversation, as the tokens that the model continues.
 
         A text gets what the tokenizer's file puts before it (DeepSeek's begins with `<｜begin▁of▁sentence｜>`), and the
-        names of special tokens within it are plain text. A conversation goes through the chat template.
+        names of special tokens within it are plain text. A conversation goes through the chat template; only what its
+        system and its assistant say may name special tokens. Raises `ChatError`.
         """
         if isinstance(prompt, str):
-            return self.tokenizer.encode_prompt(prompt) or [self.tokenizer.eos_id]
+            return self.tokenizer.encode_prompt(check_text(prompt)) or [self.tokenizer.eos_id]
         if self.chat_template is None:
             raise ChatError(f"{self.name} came without a chat template: give prompts as text")
-        return self.tokenizer.encode_markup(self.chat_template.render(prompt))
+        return conversation_tokens(self.chat_template, self.tokenizer, prompt)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of an answer: no special token, but for `<think>` and `</think>`, which part it in two."""
+        left_out = self.tokenizer.special_ids - {self.tokenizer.think_begin_id, self.tokenizer.think_end_id}
+        return self.tokenizer.decode(token for token in tokens if token not in left_out)
 
 
 @functools.partial(jax.jit, static_argnums=0)

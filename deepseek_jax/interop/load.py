@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from deepseek_jax.config import ConfigError
+from deepseek_jax.data.tokenizer import check_vocab
 from deepseek_jax.inference.language_model import LanguageModel
 from deepseek_jax.interop.huggingface import HuggingFaceFolder
 from deepseek_jax.interop.progress import ByteProgress
@@ -34,15 +35,17 @@ def load(folder: str | Path, *, dtype=None, mesh: Mesh | None = None, progress: 
     Args:
       folder: safetensors and config.json of DeepSeek-V3, V2 or a relative; its weights in BF16, FP16, float32, or FP8
         with scales by block.
-      dtype: of the weights and the computation; None takes the folder's own, BF16 for FP8. Norms and the router are
-        float32 whatever it is.
+      dtype: of the weights and the computation; None takes the embedding's own, so BF16 for the released FP8 folders.
+        Norms and the router are float32 whatever it is.
       mesh: where the weights go (see `parallel.mesh`): experts are split over `expert`, all else is copied to every
         device. None takes the first device.
       progress: show a bar, in bytes.
 
     Raises:
       InteropError: the folder lacks a tensor, holds one too many, is damaged, or is of an architecture that is not
-        supported.
+        supported; its chat template is broken.
+      DataError: its tokenizer.json cannot be used.
+      ConfigError: it is in the cloud; the tokenizer has more tokens than the model; the mesh has several stages.
     """
     mesh = mesh_of(np.asarray(jax.devices()[:1]).reshape(1, 1, 1, 1)) if mesh is None else mesh
     if mesh.shape["pipe"] != 1:
@@ -51,12 +54,15 @@ def load(folder: str | Path, *, dtype=None, mesh: Mesh | None = None, progress: 
         )
     with HuggingFaceFolder(folder) as source:
         tokenizer, template = read_tokenizer(source.path), read_chat_template(source.path)
+        if tokenizer is not None:
+            check_vocab(tokenizer, source.model.vocab_size)
         source.check_copies()
         if dtype is None:
             stored = source.form(source.entries["embedding.weight"]).dtype
             dtype = jnp.float32 if stored == np.float64 else stored
         model = load_transformer(source, mesh, dtype=dtype, progress=progress)
-        return LanguageModel(model, tokenizer, template, stop_ids=read_stop_ids(source), name=str(source.path))
+        stops = read_stop_ids(source) or (() if tokenizer is None else (tokenizer.eos_id,))
+        return LanguageModel(model, tokenizer, template, stop_ids=stops, name=str(source.path))
 
 
 def load_transformer(source: WeightSource, mesh: Mesh, *, dtype, progress: bool = False) -> Transformer:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_jax.data.tokenizer import SPECIAL_NAMES, Tokenizer
-from deepseek_jax.inference.chat import ChatTemplate
+from deepseek_jax.inference.chat import ChatError, ChatTemplate
 from deepseek_jax.interop.errors import InteropError
 from deepseek_jax.interop.huggingface import HuggingFaceFolder, read_json
 
@@ -19,26 +19,34 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
 
 
 def read_chat_template(folder: Path) -> ChatTemplate | None:
-    """The chat template of a folder, from a file of its own or from tokenizer_config.json; None where there is none."""
+    """The chat template of a folder, from a file of its own or from tokenizer_config.json; None where there is none.
+
+    Raises `InteropError` if a file cannot be read, or the template not be compiled.
+    """
     path = folder / "tokenizer_config.json"
     config = read_json(path) if path.exists() else {}
     own = folder / "chat_template.jinja"
-    text = own.read_text(encoding="utf-8") if own.exists() else config.get("chat_template")
-    if isinstance(text, list):  # several by name
-        text = next((one.get("template") for one in text if one.get("name") == "default"), None)
+    home, text = (own, _read_text(own)) if own.exists() else (path, _configured_template(config))
     if text is None:
         return None
     if not isinstance(text, str):
-        raise InteropError(f"{path}: chat_template is no text")
-    return ChatTemplate(text, {name: _content(config[name]) for name in _SPECIALS if config.get(name) is not None})
+        raise InteropError(f"{home}: chat_template is a {type(text).__name__}, not text or a list of named ones")
+    tokens = {name: _content(config[name], path) for name in _SPECIALS if config.get(name) is not None}
+    try:
+        return ChatTemplate(text, tokens)
+    except ChatError as error:
+        raise InteropError(f"{home}: {error}") from None
 
 
 def read_stop_ids(source: HuggingFaceFolder) -> tuple[int, ...]:
-    """The tokens that end a text: `eos_token_id` of generation_config.json, or else of config.json."""
-    generation = source.read_json("generation_config.json") or {}
-    ids = generation.get("eos_token_id", source.config.get("eos_token_id"))
-    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    return tuple(i for i in ids if isinstance(i, int) and 0 <= i < source.model.vocab_size)
+    """The tokens that end a text: `eos_token_id` of generation_config.json, or else of config.json.
+
+    What is no token of the model ends nothing, and is left out.
+    """
+    ids = (source.read_json("generation_config.json") or {}).get("eos_token_id")
+    ids = source.config.get("eos_token_id") if ids is None else ids
+    ids = ids if isinstance(ids, list) else [ids]
+    return tuple(i for i in ids if type(i) is int and 0 <= i < source.model.vocab_size)
 
 
 def tokenizer_files(tokenizer: Tokenizer, *, max_length: int) -> dict[str, dict[str, Any]]:
@@ -65,6 +73,27 @@ def _name(tokenizer: Tokenizer, role: str) -> str | None:
     return name if name in SPECIAL_NAMES[role] or role == "pad" else None
 
 
-def _content(token: Any) -> str:
+def _configured_template(config: dict[str, Any]) -> Any:
+    """`chat_template` of tokenizer_config.json; of several by name, the one that is called default."""
+    template = config.get("chat_template")
+    if not isinstance(template, list):
+        return template
+    named = [one for one in template if isinstance(one, dict)]
+    return next((one.get("template") for one in named if one.get("name") == "default"), None)
+
+
+def _content(token: Any, path: Path) -> str:
     """A special token as tokenizer_config.json writes it: its name, or an object with more about it."""
-    return token["content"] if isinstance(token, dict) else str(token)
+    name = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(name, str):
+        raise InteropError(f"{path}: a special token is {token!r}, neither its name nor an object with its content")
+    return name
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InteropError(f"{path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise InteropError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from None
