@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=run)
         for argument in arguments:
-            command.add_argument(argument, type=Path)
+            command.add_argument(argument)
         return command
 
     source = "a Hugging Face folder, a run's folder or one of checkpoints"
@@ -166,9 +166,9 @@ def _check_written(options: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _open(path: Path, step: int | None = None) -> Iterator[HuggingFaceFolder | CheckpointWeights]:
+def _open(name: str, step: int | None = None) -> Iterator[HuggingFaceFolder | CheckpointWeights]:
     """A Hugging Face folder where there are safetensors, else a checkpoint."""
-    path = Path(local_path(path, "the source"))
+    path = Path(local_path(name, "the source"))
     if not path.exists():
         raise InteropError(f"{path} does not exist")
     if (path / INDEX).exists() or any(path.glob("*.safetensors")) or any(path.glob("*.bin")):

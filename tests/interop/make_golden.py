@@ -50,7 +50,7 @@ def write_random_model(folder: Path, config: transformers.PretrainedConfig, dtyp
     model = transformers.AutoModelForCausalLM.from_config(config)
     for name, tensor in model.state_dict().items():
         if name.endswith("e_score_correction_bias"):
-            tensor.normal_(mean=-0.5, std=0.1)
+            tensor.normal_(mean=-0.7, std=0.1)
         else:
             tensor.normal_(mean="norm" in name, std=0.15)
     with tempfile.TemporaryDirectory() as wide:

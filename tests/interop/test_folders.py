@@ -154,6 +154,7 @@ def changed(tmp_path, change, *, model=None, fp8=None):
 
 
 O_PROJ = "model.layers.1.self_attn.o_proj.weight"
+EMBEDDING = "model.embed_tokens.weight"
 EXPERT = "model.layers.2.mlp.experts.5.up_proj.weight"
 REFUSED = {
     "missing": (lambda t: t.pop(EXPERT), f"1 tensor is missing: {EXPERT}"),
@@ -188,10 +189,10 @@ REFUSED = {
         f"1 tensor is missing: {O_PROJ}_scale_inv",
     ),
     "fp8_embedding": (
-        lambda t: t.update({"lm_head.weight": t["lm_head.weight"], "model.embed_tokens.weight": t["model.embed_tokens.weight"].astype(ml_dtypes.float8_e4m3fn)}),
+        lambda t: t.update({EMBEDDING: t[EMBEDDING].astype(ml_dtypes.float8_e4m3fn)}),
         r"model.embed_tokens.weight \(float8_e4m3fn, but only linear layers can be FP8\)",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
@@ -270,8 +271,13 @@ def test_a_missing_shard_and_a_short_one(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot be read"), ("{", "is no JSON"), ("[]", "is no JSON object"), ('{"model_type": "llama"}', "unknown architecture llama")],
-)  # fmt: skip
+    [
+        (None, "cannot be read"),
+        ("{", "is no JSON"),
+        ("[]", "is no JSON object"),
+        ('{"model_type": "llama"}', "unknown architecture llama"),
+    ],
+)
 def test_a_config_that_cannot_be_used(tmp_path, content, message):
     folder = write_folder(tmp_path / "a", small())
     (folder / "config.json").unlink()

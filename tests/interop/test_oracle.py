@@ -101,7 +101,9 @@ def make_folder(folder: Path, config: dict[str, Any]) -> Path:
     rng = np.random.default_rng(0)
     arrays = {}
     for name, shape in shapes.items():
-        arrays[name] = rng.normal("norm" in name, 0.3 if name.endswith("bias") else 0.15, shape).astype(np.float32)
+        # Biased scores are then mostly negative: a group that is not kept must be lower still, and not zero.
+        mean = -0.7 if name.endswith("bias") else float("norm" in name)
+        arrays[name] = rng.normal(mean, 0.15, shape).astype(np.float32)
     arrays |= {copy: arrays[name] for copy, name in copies.items()}
     write(folder, arrays)
     (folder / "config.json").write_text(json.dumps(config))

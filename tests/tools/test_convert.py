@@ -1,0 +1,160 @@
+"""The command line of conversions: exact both ways, whole or not at all, and refusals in one line."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from hf_folder import assert_same_tensors, read_tensors, write_folder, write_tensors
+from small_model import small
+
+from deepseek_jax.data.tokenizer import train_tokenizer
+from deepseek_jax.interop.architecture import Quantization
+from deepseek_jax.training.checkpoint import CheckpointStore
+from deepseek_jax.training.weights import CheckpointWeights
+from tools import convert
+
+ODD = small(hidden_size=136, dense_ffn_size=150, attention={"num_heads": 3, "kv_lora_rank": 130}, mtp_depth=2)
+FORMS = {
+    "bf16": {},
+    "fp8": {"fp8": Quantization()},
+    "ue8m0": {"fp8": Quantization(scale_format="ue8m0"), "e8m0": True},
+}
+
+
+def run(capsys, *arguments):
+    """Exit code, standard output, standard error."""
+    code = convert.main([str(argument) for argument in arguments])
+    return code, *capsys.readouterr()
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix not in (".safetensors",)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with everything that lies beside the weights."""
+    folder = write_folder(tmp_path / "hf", ODD, config={"eos_token_id": 1})
+    train_tokenizer(["a few words, and a few more"], vocab_size=300).save(folder / "tokenizer.json")
+    for name, text in {"generation_config.json": '{"eos_token_id": 1}', "LICENSE": "MIT", "modeling.py": "1/0"}.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_hugging_face_to_checkpoint_and_back_is_bit_exact(tmp_path, capsys, form):
+    """On a shape that nothing divides, MTP of two depths, scales and their dtype included."""
+    folder = write_folder(tmp_path / "hf", ODD, **form)
+    assert run(capsys, "to-checkpoint", folder, tmp_path / "ours", "--verify")[0] == 0
+    code, out, _ = run(capsys, "to-hf", tmp_path / "ours", tmp_path / "back", "--verify")
+    assert code == 0
+    assert out.splitlines()[-1] == f"{tmp_path / 'back'} holds what {tmp_path / 'ours'} holds"
+    assert_same_tensors(folder, tmp_path / "back")
+
+
+def test_what_lies_beside_the_weights_comes_along(tmp_path, capsys, folder):
+    run(capsys, "to-checkpoint", folder, tmp_path / "ours")
+    run(capsys, "to-hf", tmp_path / "ours", tmp_path / "back")
+    before, after = files(folder), files(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert json.loads(before.pop("config.json")) == json.loads(after.pop("config.json"))
+    assert before == after
+
+
+def test_a_checkpoint_holds_canonical_entries(tmp_path, capsys, folder):
+    """So a run starts from it on any mesh, as from any other."""
+    run(capsys, "to-checkpoint", folder, tmp_path / "ours")
+    store = CheckpointStore(tmp_path / "ours" / "checkpoints")
+    names = store.entries(0)
+    assert names["layers.1.ffn.experts.gate_up"].shape == (8, 136, 32)
+    assert names["mtp.1.block.attention.o.weight"].dtype == "bfloat16"
+    theirs = read_tensors(folder)["model.layers.0.self_attn.o_proj.weight"]
+    ours = store.restore(0, {"layers.0.attention.o.weight": names["layers.0.attention.o.weight"]}, skip=("",))
+    np.testing.assert_array_equal(np.asarray(ours["layers.0.attention.o.weight"]), theirs.T)
+
+
+def test_fp8_to_bf16_and_back_gives_the_same_codes(tmp_path, capsys):
+    folder = write_folder(tmp_path / "hf", ODD, fp8=Quantization())
+    assert run(capsys, "to-hf", folder, tmp_path / "bf16", "--precision", "bfloat16", "--verify")[0] == 0
+    assert run(capsys, "to-hf", tmp_path / "bf16", tmp_path / "fp8", "--precision", "fp8", "--verify")[0] == 0
+    before, after = read_tensors(folder), read_tensors(tmp_path / "fp8")
+    assert before.keys() == after.keys()
+    for name, array in before.items():
+        if name.endswith("_scale_inv"):
+            assert np.abs(after[name] / array - 1).max() <= 2**-8, name
+        else:
+            assert array.tobytes() == after[name].tobytes(), name
+
+
+def test_verify_finds_one_changed_number(tmp_path, capsys, folder):
+    run(capsys, "to-hf", folder, tmp_path / "b", "--precision", "fp8")
+    assert run(capsys, "verify", folder, tmp_path / "b")[0] == 0
+    tensors = read_tensors(tmp_path / "b")
+    name = "model.layers.2.mlp.experts.3.down_proj.weight"
+    tensors[name].view(np.uint8)[5, 7] ^= 1
+    (tmp_path / "b" / "model.safetensors").unlink()
+    write_tensors(tmp_path / "b", tensors)
+    code, _, error = run(capsys, "verify", folder, tmp_path / "b")
+    assert (code, error) == (1, f"error: 1 tensors differ: {name}\n")
+
+
+def test_inspect_sums_up_layers_and_experts(tmp_path, capsys, folder):
+    code, out, error = run(capsys, "inspect", folder)
+    assert (code, error) == (0, "")
+    lines = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line}
+    # two layers of the main model and two of MTP, eight experts each
+    assert lines["model.layers.1-4.mlp.experts.0-7.up_proj.weight"] == ["32", "16", "x", "136", "bfloat16", "0.14"]
+    assert lines["model.layers.0.mlp.up_proj.weight"][:4] == ["1", "150", "x", "136"]
+    assert re.search(r"\d+ tensors, 0\.0\d GB in 1 file", out)
+    every = run(capsys, "inspect", folder, "--all")[1]
+    assert len(every.splitlines()) == len(read_tensors(folder)) + 3
+
+
+def test_inspect_names_what_is_missing_and_what_is_left_over(tmp_path, capsys, folder):
+    tensors = read_tensors(folder)
+    tensors["extra.weight"] = tensors.pop("lm_head.weight")
+    (folder / "model.safetensors").unlink()
+    write_tensors(folder, tensors)
+    code, out, error = run(capsys, "inspect", folder)
+    assert code == 1
+    assert "extra.weight" in out
+    assert error == "error: 1 tensor is missing: lm_head.weight\nerror: 1 tensor is left over: extra.weight\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("to-hf", "nowhere", "x"), "nowhere does not exist"),
+        (("to-hf", "hf", "hf"), "hf exists already; choose another name or remove it"),
+        (("to-checkpoint", "hf", "hf"), "hf exists already"),
+        (("to-hf", "empty", "x"), "empty holds no checkpoint"),
+        (("to-hf", "hf", "x", "--step", "3"), "--step chooses a checkpoint, and hf is a Hugging Face folder"),
+        (("to-hf", "hf", "x", "--shard_gb", "0"), "--shard_gb must be positive, not 0.0"),
+        (("inspect", "empty"), "there is no safetensors file"),
+        (("verify", "hf", "other"), "other holds another architecture than hf"),
+        (("to-hf", "gs://bucket/a", "x"), "must be on a local or mounted disk"),
+    ],
+)
+def test_refusals_are_one_line_and_leave_nothing(tmp_path, capsys, monkeypatch, folder, arguments, message):
+    write_folder(tmp_path / "other", small())
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text((folder / "config.json").read_text())
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path)
+    code, _, error = run(capsys, *arguments)
+    assert code == 1
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path, capsys, folder):
+    run(capsys, "to-checkpoint", folder, tmp_path / "ours")
+    path = tmp_path / "ours" / "checkpoints" / "0" / "documents" / "documents.json"
+    documents = json.loads(path.read_text())
+    documents["meta"]["model"]["dense_ffn_size"] = 160
+    path.write_text(json.dumps(documents))
+    with pytest.raises(ValueError, match=r"of another architecture; entries 2 of another shape: layers.0.ffn.down"):
+        CheckpointWeights(tmp_path / "ours")
