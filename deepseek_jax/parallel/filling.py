@@ -32,7 +32,7 @@ class StackFiller:
             where = stack.sharding.addressable_devices_indices_map(stack.shape)
             self._boxes[name] = {device: _bounds(index, stack.shape) for device, index in where.items()}
             local = stack.sharding.shard_shape(stack.shape)
-            self._shards[name] = {device: jnp.zeros(local, stack.dtype, device=device) for device in where}
+            self._shards[name] = {device: _zeros(local, stack.dtype, device) for device in where}
         self._homes = {}
         for kind in KINDS:
             for stage, slot, layer in layout.placement.layers(kind):
@@ -56,7 +56,8 @@ class StackFiller:
             cut = tuple(slice(c.start - b.start, c.stop - b.start) for c, b in zip(common, box, strict=True))
             offset = tuple(np.int32(c.start - h.start) for c, h in zip(common, held, strict=True))
             shards = self._shards[stack]
-            shards[device] = _write(shards[device], jax.device_put(piece[cut], device), offset)
+            # Waited for, or pieces that nobody has written yet would pile up.
+            shards[device] = _write(shards[device], jax.device_put(piece[cut], device), offset).block_until_ready()
 
     def finish(self, *, drop_stage: bool = False) -> Tree:
         """The arrays, as nested dicts. `drop_stage` leaves out the leading dimension of stacks of one stage."""
@@ -79,6 +80,12 @@ class StackFiller:
         index, _, path = rest.partition(".")
         stack, stage, slot = self._homes[f"{kind}.{index}"]
         return f"{stack}.{path}", (stage, slot)
+
+
+def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, device: jax.Device) -> jax.Array:
+    """Made where they stay: `jnp.zeros(device=…)` makes them on the default device, and copies."""
+    with jax.default_device(device):
+        return jnp.zeros(shape, dtype).block_until_ready()
 
 
 @functools.partial(jax.jit, donate_argnums=0)
