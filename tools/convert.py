@@ -33,7 +33,7 @@ from deepseek_jax.interop.progress import ByteProgress
 from deepseek_jax.interop.safetensors import INDEX, TensorInfo
 from deepseek_jax.interop.save import PRECISIONS, check_room, convert, save
 from deepseek_jax.interop.tokenizer_files import tokenizer_files
-from deepseek_jax.interop.weights import WeightSource, read
+from deepseek_jax.interop.weights import WeightSource, pieces, read, source_bytes
 from deepseek_jax.paths import local_path, new_folder
 from deepseek_jax.training.checkpoint import CheckpointError
 from deepseek_jax.training.weights import CheckpointWeights, write_checkpoint
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _to_checkpoint(options: argparse.Namespace) -> int:
     with _open(options.source, options.step) as source, new_folder(options.target, "the checkpoint folder") as folder:
-        check_room(folder, _size(source))
+        check_room(folder, source_bytes(source))
         write_checkpoint(source, folder, config=source.config)
         others = _other_files(source)
         if others:
@@ -145,11 +145,12 @@ def _check_written(options: argparse.Namespace) -> int:
         if source.model != target.model:
             raise InteropError(f"{options.target} holds another architecture than {options.source}")
         differing = []
-        with ByteProgress("comparing", _size(target)) as done:
+        with ByteProgress("comparing", source_bytes(target)) as done:
             for entry in source.entries.values():
-                form = target.form(target.entries[entry.name])
-                for row in range(len(entry.tensors)):
-                    pairs = zip(read(source, entry, row), read(target, target.entries[entry.name], row), strict=True)
+                theirs = target.entries[entry.name]
+                form = target.form(theirs)
+                for row, rows in pieces(entry, source.form(entry), form):
+                    pairs = zip(read(source, entry, row, rows), read(target, theirs, row, rows), strict=True)
                     for name, (wanted, found) in zip(entry.tensors[row], pairs, strict=True):
                         values, scales = convert(wanted, form, source.quantization, target.quantization)
                         if not (_equal(values, found.values) and _equal(scales, found.scales)):
@@ -210,11 +211,6 @@ def _put(path: Path, content: Path | bytes) -> None:
         path.write_bytes(content)
     else:
         shutil.copyfile(content, path)
-
-
-def _size(source: WeightSource) -> int:
-    """Bytes of all weights, without their scales."""
-    return sum(int(np.prod(entry.spec.shape)) * source.form(entry).dtype.itemsize for entry in source.entries.values())
 
 
 def _equal(one: np.ndarray | None, other: np.ndarray | None) -> bool:

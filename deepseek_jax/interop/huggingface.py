@@ -65,9 +65,9 @@ class HuggingFaceFolder:
         scales = self.tensors[name + SCALE_SUFFIX].dtype if name + SCALE_SUFFIX in self.tensors else None
         return Form(self.tensors[name].dtype, scales)
 
-    def values(self, entry: Entry, row: int) -> list[np.ndarray]:
-        """The tensors `entry.tensors[row]`, read from the disk."""
-        return [self.tensors.read(name) for name in entry.tensors[row]]
+    def values(self, entry: Entry, row: int, rows: slice | None = None) -> list[np.ndarray]:
+        """The tensors `entry.tensors[row]`, or these rows of it, read from the disk."""
+        return [self.tensors.read(name, rows) for name in entry.tensors[row]]
 
     def scales(self, entry: Entry, row: int) -> list[np.ndarray]:
         """The scales of these tensors, which are FP8."""

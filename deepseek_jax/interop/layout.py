@@ -96,6 +96,15 @@ class Entry:
         shape = self.spec.shape[1:] if self.stacked else self.spec.shape
         return (shape[1] // len(self.tensors[0]), shape[0]) if self.transposed else shape
 
+    def box(self, row: int, rows: slice | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Where in the canonical array the tensors of a row lie, or these rows of a tensor: start and shape."""
+        shape = (1, *self.spec.shape[1:]) if self.stacked else self.spec.shape
+        start = (row if self.stacked else 0, *(0,) * (len(shape) - 1))
+        if rows is None:
+            return start, shape
+        count = rows.stop - rows.start
+        return ((0, rows.start), (shape[0], count)) if self.transposed else ((rows.start, 0), (count, shape[1]))
+
     def from_theirs(self, parts: Sequence[np.ndarray]) -> np.ndarray:
         """Their tensors of one row of `tensors` as (one expert of) the canonical array; a view where it can be."""
         joined = parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -20,7 +20,7 @@ from deepseek_jax.inference.language_model import LanguageModel
 from deepseek_jax.interop.huggingface import HuggingFaceFolder
 from deepseek_jax.interop.progress import ByteProgress
 from deepseek_jax.interop.tokenizer_files import read_chat_template, read_stop_ids, read_tokenizer
-from deepseek_jax.interop.weights import WeightSource, read
+from deepseek_jax.interop.weights import WeightSource, pieces, read, source_bytes
 from deepseek_jax.model.parameters import RouterBias, parameter_specs
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.filling import StackFiller
@@ -91,21 +91,14 @@ def fill(
         return StackFiller(layout, {n: wide if s.full_precision else jnp.dtype(dtype) for n, s in specs.items()})
 
     weights, biases = filler_of(params), filler_of(bias)
-    total = sum(_entry_bytes(source, name) for name in source.entries)
-    with ByteProgress("loading", total, quiet=not progress) as done:
+    with ByteProgress("loading", source_bytes(source), quiet=not progress) as done:
         for name, entry in source.entries.items():
             filler = biases if name.endswith("router.bias") else weights
-            shape = (1, *entry.spec.shape[1:]) if entry.stacked else entry.spec.shape
-            for row in range(len(entry.tensors)):
-                start = (row if entry.stacked else 0, *(0,) * (len(shape) - 1))
+            target = np.dtype(wide if entry.spec.full_precision else dtype)
+            for row, rows in pieces(entry, source.form(entry)):
+                start, shape = entry.box(row, rows)
                 if filler.wants(name, start, shape):
-                    target = np.dtype(wide if entry.spec.full_precision else dtype)
-                    piece = entry.from_theirs([tensor.decoded(target) for tensor in read(source, entry, row)])
-                    filler.put(name, start, piece[None] if entry.stacked else piece)
-                done.add(_entry_bytes(source, name) // len(entry.tensors))
+                    tensors = read(source, entry, row, rows)
+                    filler.put(name, start, entry.from_theirs([t.decoded(target) for t in tensors]).reshape(shape))
+                done.add(int(np.prod(shape)) * source.form(entry).dtype.itemsize)
     return weights, biases
-
-
-def _entry_bytes(source: WeightSource, name: str) -> int:
-    entry = source.entries[name]
-    return int(np.prod(entry.spec.shape)) * source.form(entry).dtype.itemsize

@@ -19,7 +19,7 @@ from deepseek_jax.interop.huggingface import SCALE_SUFFIX
 from deepseek_jax.interop.layout import Entry
 from deepseek_jax.interop.progress import ByteProgress
 from deepseek_jax.interop.safetensors import FolderWriter
-from deepseek_jax.interop.weights import Form, Tensor, WeightSource, read
+from deepseek_jax.interop.weights import Form, Tensor, WeightSource, pieces, read
 from deepseek_jax.paths import new_folder
 
 Precision = Literal["keep", "bfloat16", "float16", "float32", "fp8", "fp8_ue8m0"]
@@ -69,9 +69,12 @@ def save(
         check_room(folder, total)
         with FolderWriter(folder, plan, shard_bytes=shard_bytes) as writer:
             for entry in source.entries.values():
-                for row in range(len(entry.tensors)):
-                    for name, array in writing.converted(entry, row):
-                        writer.write(name, array)
+                for row, rows in pieces(entry, source.form(entry), writing.form(entry)):
+                    for name, array in writing.converted(entry, row, rows):
+                        if rows is None:
+                            writer.write(name, array)
+                        else:
+                            writer.write_rows(name, rows.start, array)
                         done.add(array.nbytes)
         for name, content in (files or {}).items():
             if isinstance(content, bytes):
@@ -142,10 +145,10 @@ class _Writing:
                 assert self.quantization is not None
                 yield name + SCALE_SUFFIX, (form.scale_dtype, scale_shape(entry.tensor_shape, self.quantization.block))
 
-    def converted(self, entry: Entry, row: int) -> Iterator[tuple[str, np.ndarray]]:
-        """The tensors of one row of an entry as they are written, by name."""
+    def converted(self, entry: Entry, row: int, rows: slice | None) -> Iterator[tuple[str, np.ndarray]]:
+        """The tensors of one row of an entry, or some rows of a tensor, as they are written, by name."""
         form = self.form(entry)
-        for name, tensor in zip(entry.tensors[row], read(self.source, entry, row), strict=True):
+        for name, tensor in zip(entry.tensors[row], read(self.source, entry, row, rows), strict=True):
             values, scales = convert(tensor, form, self.source.quantization, self.quantization)
             for each in (name, *entry.copies):
                 yield each, values

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-import ml_dtypes
 import numpy as np
 
 from deepseek_jax.config import ModelConfig
@@ -13,7 +12,7 @@ from deepseek_jax.interop.architecture import Quantization
 from deepseek_jax.interop.fp8 import BLOCK, E4M3, dequantise
 from deepseek_jax.interop.layout import Entry
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_PIECE_BYTES = 1 << 28
 
 
 class Tensor(NamedTuple):
@@ -55,8 +54,8 @@ class WeightSource(Protocol):
         """How the tensors of `entry` are stored."""
         ...
 
-    def values(self, entry: Entry, row: int) -> Sequence[np.ndarray]:
-        """The tensors `entry.tensors[row]`, read now: fresh arrays."""
+    def values(self, entry: Entry, row: int, rows: slice | None = None) -> Sequence[np.ndarray]:
+        """The tensors `entry.tensors[row]`, or these rows of it, read now: fresh arrays."""
         ...
 
     def scales(self, entry: Entry, row: int) -> Sequence[np.ndarray]:
@@ -64,10 +63,41 @@ class WeightSource(Protocol):
         ...
 
 
-def read(source: WeightSource, entry: Entry, row: int) -> list[Tensor]:
-    """The tensors `entry.tensors[row]` with their scales, read now."""
-    values = source.values(entry, row)
+def read(source: WeightSource, entry: Entry, row: int, rows: slice | None = None) -> list[Tensor]:
+    """The tensors `entry.tensors[row]` with their scales, or these rows of one without scales, read now."""
+    values = source.values(entry, row, rows)
     if not source.form(entry).is_fp8 or source.quantization is None:
         return [Tensor(value) for value in values]
+    assert rows is None
     pairs = zip(values, source.scales(entry, row), strict=True)
     return [Tensor(value, scale, source.quantization.block) for value, scale in pairs]
+
+
+def pieces(entry: Entry, *forms: Form) -> Iterator[tuple[int, slice | None]]:
+    """How an array is gone through that is read in one of these forms and written in another.
+
+    (row of `entry.tensors`, None) in turn; or (0, some of its rows) where a tensor is huge, as embedding and head are.
+    """
+    step = rows_at_once(entry, *forms)
+    if step is None:
+        yield from ((row, None) for row in range(len(entry.tensors)))
+        return
+    total = entry.tensor_shape[0]
+    for start in range(0, total, step):
+        yield 0, slice(start, min(start + step, total))
+
+
+def rows_at_once(entry: Entry, *forms: Form) -> int | None:
+    """How many rows of a huge tensor are a piece; None where tensors are taken whole."""
+    single = len(entry.tensors) == len(entry.tensors[0]) == 1 and len(entry.spec.shape) == 2
+    if not single or entry.row_order is not None or any(form.is_fp8 for form in forms):
+        return None
+    rows, columns = entry.tensor_shape
+    row_bytes = columns * max(form.dtype.itemsize for form in forms)
+    step = max(_PIECE_BYTES // row_bytes // 128 * 128, 128)
+    return step if step < rows else None
+
+
+def source_bytes(source: WeightSource) -> int:
+    """Bytes of all weights as they are stored, without their scales."""
+    return sum(int(np.prod(entry.spec.shape)) * source.form(entry).dtype.itemsize for entry in source.entries.values())

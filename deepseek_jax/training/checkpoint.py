@@ -36,7 +36,7 @@ from deepseek_jax.training.checkpoint_checks import (
     describe,
     first_line,
 )
-from deepseek_jax.training.checkpoint_orbax import StreamedArray, array_handler, open_array, save_args
+from deepseek_jax.training.checkpoint_orbax import Index, StreamedArray, array_handler, open_array, save_args
 
 __all__ = ["CheckpointError", "CheckpointStore", "check_compatible", "check_entries"]
 
@@ -249,8 +249,8 @@ class CheckpointStore:
         except Exception as error:
             raise self._unreadable(step, error) from error
 
-    def reader(self, step: int, name: str) -> Callable[[int | None], np.ndarray]:
-        """A function that reads one entry from the disk: a piece at an index of its first dimension, or (None) all."""
+    def reader(self, step: int, name: str) -> Callable[[Index], np.ndarray]:
+        """A function that reads parts of one entry from the disk."""
         self._require(step)
         if name not in self._index(step)["entries"]:
             raise CheckpointError(f"checkpoint {step} in {self.directory} has no entry {name}")
@@ -259,7 +259,7 @@ class CheckpointStore:
         except Exception as error:
             raise self._unreadable(step, error) from error
 
-        def read(index: int | None) -> np.ndarray:
+        def read(index: Index) -> np.ndarray:
             try:
                 return (array if index is None else array[index]).read().result()
             except Exception as error:

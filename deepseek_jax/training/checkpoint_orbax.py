@@ -47,14 +47,20 @@ class StagedArrayHandler(ocp.type_handlers.ArrayHandler):
         ]
 
 
+Index = int | slice | tuple[slice, ...] | None
+"""Part of an array; None is all of it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class StreamedArray:
     """An array that is written piece by piece, and is never whole in memory."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    pieces: Callable[[], Iterator[tuple[int | None, np.ndarray]]]
-    """The pieces in turn: (index along the first dimension, what is there), or (None, all of it)."""
+    pieces: Callable[[], Iterator[tuple[Index, np.ndarray]]]
+    """The pieces in turn: where each lies, and what is there."""
+    chunks: tuple[int, ...] | None = None
+    """How the array is cut on the disk: as the pieces are, or a piece would write its neighbours again."""
 
     @property
     def size(self) -> int:
@@ -76,8 +82,8 @@ class StreamedArrayHandler(ocp.type_handlers.NumpyHandler):
 
     async def _open_and_write(self, value: StreamedArray, spec: dict[str, Any], context: ts.Context) -> None:
         async with self._one_at_a_time:
-            if len(value.shape) == 3:  # a chunk for each piece, or a piece would write its neighbours again
-                spec["metadata"]["chunks"] = [1, *value.shape[1:]]
+            if value.chunks is not None:
+                spec["metadata"]["chunks"] = list(value.chunks)
             array = await ts.open(ts.Spec(spec), create=True, open=True, context=context)
             pending = None
             for index, piece in value.pieces():

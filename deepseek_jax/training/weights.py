@@ -18,11 +18,11 @@ from deepseek_jax.interop.architecture import Quantization, read_quantization, r
 from deepseek_jax.interop.host import contiguous
 from deepseek_jax.interop.layout import Entry, entries
 from deepseek_jax.interop.progress import ByteProgress
-from deepseek_jax.interop.weights import Form, WeightSource
+from deepseek_jax.interop.weights import Form, WeightSource, pieces, rows_at_once, source_bytes
 from deepseek_jax.paths import local_path
 from deepseek_jax.training.canonical import OPTIMIZER
 from deepseek_jax.training.checkpoint import CheckpointError, CheckpointStore, check_entries
-from deepseek_jax.training.checkpoint_orbax import StreamedArray
+from deepseek_jax.training.checkpoint_orbax import Index, StreamedArray
 
 CHECKPOINTS = "checkpoints"
 SCALES = "scale_inv/"
@@ -57,22 +57,24 @@ class CheckpointWeights:
         if any(name.startswith(SCALES) for name in self._saved):
             self.quantization = read_quantization(self.config or {}) or Quantization()
         self._check()
-        self._opened: dict[str, Callable[[int | None], np.ndarray]] = {}
+        self._opened: dict[str, Callable[[Index], np.ndarray]] = {}
 
     def form(self, entry: Entry) -> Form:
         """How the tensors of `entry` are stored."""
         scales = self._saved.get(SCALES + entry.name)
         return Form(np.dtype(self._saved[entry.name].dtype), None if scales is None else np.dtype(scales.dtype))
 
-    def values(self, entry: Entry, row: int) -> list[np.ndarray]:
-        """The tensors `entry.tensors[row]`, read from the disk."""
+    def values(self, entry: Entry, row: int, rows: slice | None = None) -> list[np.ndarray]:
+        """The tensors `entry.tensors[row]`, or these rows of it, read from the disk."""
+        if rows is not None:
+            return entry.to_theirs(self._read(entry.name, (slice(None), rows) if entry.transposed else rows))
         return entry.to_theirs(self._read(entry.name, row if entry.stacked else None))
 
     def scales(self, entry: Entry, row: int) -> list[np.ndarray]:
         """The scales of these tensors, which are FP8."""
         return entry.scales_to_theirs(self._read(SCALES + entry.name, row if entry.stacked else None))
 
-    def _read(self, name: str, index: int | None) -> np.ndarray:
+    def _read(self, name: str, index: Index) -> np.ndarray:
         if name not in self._opened:
             self._opened[name] = self._store.reader(self.step, name)
         return self._opened[name](index)
@@ -98,7 +100,7 @@ def write_checkpoint(
     Raises:
       CheckpointError: the disk is full, or cannot be written.
     """
-    total = sum(int(np.prod(entry.spec.shape)) * source.form(entry).dtype.itemsize for entry in source.entries.values())
+    total = source_bytes(source)
     documents = {"meta": {"model": to_dict(source.model), "step": 0, "tokens": 0}, CONFIG_DOCUMENT: config}
     with ByteProgress("writing", total, quiet=not progress) as done, CheckpointStore(folder / CHECKPOINTS) as store:
         streams = [_streams(source, entry, done.add) for entry in source.entries.values()]
@@ -112,19 +114,29 @@ def _streams(source: WeightSource, entry: Entry, report: Callable[[int], None]) 
     """An entry, and its scales where it has any, as arrays that are read while they are written."""
     form = source.form(entry)
 
-    def values() -> Iterator[tuple[int | None, np.ndarray]]:
-        for row in range(len(entry.tensors)):
-            block = contiguous(entry.from_theirs(source.values(entry, row)))
-            yield row if entry.stacked else None, block
+    def values() -> Iterator[tuple[Index, np.ndarray]]:
+        for row, rows in pieces(entry, form):
+            block = contiguous(entry.from_theirs(source.values(entry, row, rows)))
+            index: Index = row if entry.stacked else None
+            if rows is not None:
+                index = (slice(None), rows) if entry.transposed else rows
+            yield index, block
             report(block.nbytes)
 
-    def scales() -> Iterator[tuple[int | None, np.ndarray]]:
+    def scales() -> Iterator[tuple[Index, np.ndarray]]:
         for row in range(len(entry.tensors)):
             yield row if entry.stacked else None, entry.scales_from_theirs(source.scales(entry, row))
 
-    streams = {entry.name: StreamedArray(entry.spec.shape, form.dtype, values)}
+    shape, step = entry.spec.shape, rows_at_once(entry, form)
+    chunks = None
+    if entry.stacked:
+        chunks = (1, *shape[1:])
+    elif step is not None:
+        chunks = (shape[0], step) if entry.transposed else (step, shape[1])
+    streams = {entry.name: StreamedArray(shape, form.dtype, values, chunks)}
     if form.scale_dtype is not None:
         assert source.quantization is not None
-        shape = entry.scales_shape(source.quantization.block)
-        streams[SCALES + entry.name] = StreamedArray(shape, form.scale_dtype, scales)
+        scales_shape = entry.scales_shape(source.quantization.block)
+        chunks = (1, *scales_shape[1:]) if entry.stacked else None
+        streams[SCALES + entry.name] = StreamedArray(scales_shape, form.scale_dtype, scales, chunks)
     return streams

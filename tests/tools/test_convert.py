@@ -8,8 +8,11 @@ import pytest
 from hf_folder import assert_same_tensors, read_tensors, write_folder, write_tensors
 from small_model import small
 
+import deepseek_jax as ds
 from deepseek_jax.data.tokenizer import train_tokenizer
+from deepseek_jax.interop import weights
 from deepseek_jax.interop.architecture import Quantization
+from deepseek_jax.interop.safetensors import TensorFolder
 from deepseek_jax.training.checkpoint import CheckpointStore
 from deepseek_jax.training.weights import CheckpointWeights
 from tools import convert
@@ -51,6 +54,31 @@ def test_hugging_face_to_checkpoint_and_back_is_bit_exact(tmp_path, capsys, form
     assert code == 0
     assert out.splitlines()[-1] == f"{tmp_path / 'back'} holds what {tmp_path / 'ours'} holds"
     assert_same_tensors(folder, tmp_path / "back")
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_huge_tensors_go_a_piece_at_a_time(tmp_path, capsys, monkeypatch, form):
+    """300 rows of embedding and head as 128, 128 and 44, on every way."""
+    monkeypatch.setattr(weights, "_PIECE_BYTES", 1)
+    reads = []
+    real = TensorFolder.read
+
+    def read(self, name, rows=None):
+        reads.append((name, rows))
+        return real(self, name, rows)
+
+    monkeypatch.setattr(TensorFolder, "read", read)
+    folder = write_folder(tmp_path / "hf", small(vocab_size=300), **form)
+    run(capsys, "to-checkpoint", folder, tmp_path / "ours", "--verify")
+    assert {rows.start for name, rows in reads if name == "lm_head.weight"} == {0, 128, 256}
+    assert run(capsys, "to-hf", tmp_path / "ours", tmp_path / "back", "--verify")[0] == 0
+    assert run(capsys, "to-hf", folder, tmp_path / "wide", "--precision", "float32", "--verify")[0] == 0
+    assert_same_tensors(folder, tmp_path / "back")
+    one, other = (ds.load(each, dtype="float32", progress=False) for each in (folder, tmp_path / "wide"))
+    tokens = np.arange(0, 300, 25)[None]
+    np.testing.assert_array_equal(np.asarray(one(tokens)), np.asarray(other(tokens)))
+    head = read_tensors(folder)["lm_head.weight"].astype(np.float32)
+    np.testing.assert_array_equal(np.asarray(one.model.head.weight[...]), head.T)
 
 
 def test_what_lies_beside_the_weights_comes_along(tmp_path, capsys, folder):
