@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
+
+T = TypeVar("T")
 
 
 def on_host(function: Callable, *arrays: np.ndarray, **options: Any) -> Any:
@@ -18,6 +21,17 @@ def on_host(function: Callable, *arrays: np.ndarray, **options: Any) -> Any:
 def contiguous(array: np.ndarray) -> np.ndarray:
     """The array in row-major order, itself where it is so already; several times faster than NumPy's own copy."""
     return array if array.flags.c_contiguous else np.asarray(jax.device_put(array, cpu()))
+
+
+def one_ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items, each made in a thread while the one before it is at work: reading overlaps writing."""
+    end = object()
+    iterator = iter(items)
+    with ThreadPoolExecutor(1, thread_name_prefix="one ahead") as pool:
+        coming = pool.submit(next, iterator, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, iterator, end)
+            yield cast(T, item)
 
 
 def cpu() -> jax.Device:

@@ -6,6 +6,7 @@ at a time beside what the devices hold.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ from jax.sharding import Mesh
 from deepseek_jax.config import ConfigError
 from deepseek_jax.data.tokenizer import check_vocab
 from deepseek_jax.inference.language_model import LanguageModel
+from deepseek_jax.interop.host import one_ahead
 from deepseek_jax.interop.huggingface import HuggingFaceFolder
 from deepseek_jax.interop.progress import ByteProgress
 from deepseek_jax.interop.tokenizer_files import read_chat_template, read_stop_ids, read_tokenizer
@@ -91,14 +93,22 @@ def fill(
         return StackFiller(layout, {n: wide if s.full_precision else jnp.dtype(dtype) for n, s in specs.items()})
 
     weights, biases = filler_of(params), filler_of(bias)
-    with ByteProgress("loading", source_bytes(source), quiet=not progress) as done:
+
+    def decoded() -> Iterator[tuple[StackFiller, str, tuple[int, ...], np.ndarray | None, int]]:
         for name, entry in source.entries.items():
             filler = biases if name.endswith("router.bias") else weights
             target = np.dtype(wide if entry.spec.full_precision else dtype)
             for row, rows in pieces(entry, source.form(entry)):
                 start, shape = entry.box(row, rows)
+                piece = None
                 if filler.wants(name, start, shape):
                     tensors = read(source, entry, row, rows)
-                    filler.put(name, start, entry.from_theirs([t.decoded(target) for t in tensors]).reshape(shape))
-                done.add(int(np.prod(shape)) * source.form(entry).dtype.itemsize)
+                    piece = entry.from_theirs([tensor.decoded(target) for tensor in tensors]).reshape(shape)
+                yield filler, name, start, piece, int(np.prod(shape)) * source.form(entry).dtype.itemsize
+
+    with ByteProgress("loading", source_bytes(source), quiet=not progress) as done:
+        for filler, name, start, piece, size in one_ahead(decoded()):
+            if piece is not None:
+                filler.put(name, start, piece)
+            done.add(size)
     return weights, biases

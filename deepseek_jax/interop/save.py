@@ -15,6 +15,7 @@ from deepseek_jax.config import ConfigError
 from deepseek_jax.interop.architecture import Quantization, write_architecture, write_quantization
 from deepseek_jax.interop.errors import InteropError
 from deepseek_jax.interop.fp8 import BLOCK, E4M3, quantise, scale_shape
+from deepseek_jax.interop.host import one_ahead
 from deepseek_jax.interop.huggingface import SCALE_SUFFIX
 from deepseek_jax.interop.layout import Entry
 from deepseek_jax.interop.progress import ByteProgress
@@ -68,14 +69,12 @@ def save(
     ):
         check_room(folder, total)
         with FolderWriter(folder, plan, shard_bytes=shard_bytes) as writer:
-            for entry in source.entries.values():
-                for row, rows in pieces(entry, source.form(entry), writing.form(entry)):
-                    for name, array in writing.converted(entry, row, rows):
-                        if rows is None:
-                            writer.write(name, array)
-                        else:
-                            writer.write_rows(name, rows.start, array)
-                        done.add(array.nbytes)
+            for name, rows, array in one_ahead(writing.everything()):
+                if rows is None:
+                    writer.write(name, array)
+                else:
+                    writer.write_rows(name, rows.start, array)
+                done.add(array.nbytes)
         for name, content in (files or {}).items():
             if isinstance(content, bytes):
                 (folder / name).write_bytes(content)
@@ -145,15 +144,17 @@ class _Writing:
                 assert self.quantization is not None
                 yield name + SCALE_SUFFIX, (form.scale_dtype, scale_shape(entry.tensor_shape, self.quantization.block))
 
-    def converted(self, entry: Entry, row: int, rows: slice | None) -> Iterator[tuple[str, np.ndarray]]:
-        """The tensors of one row of an entry, or some rows of a tensor, as they are written, by name."""
-        form = self.form(entry)
-        for name, tensor in zip(entry.tensors[row], read(self.source, entry, row, rows), strict=True):
-            values, scales = convert(tensor, form, self.source.quantization, self.quantization)
-            for each in (name, *entry.copies):
-                yield each, values
-                if scales is not None:
-                    yield each + SCALE_SUFFIX, scales
+    def everything(self) -> Iterator[tuple[str, slice | None, np.ndarray]]:
+        """All tensors as they are written: name, which rows of it (None: all), what is there."""
+        for entry in self.source.entries.values():
+            form = self.form(entry)
+            for row, rows in pieces(entry, self.source.form(entry), form):
+                for name, tensor in zip(entry.tensors[row], read(self.source, entry, row, rows), strict=True):
+                    values, scales = convert(tensor, form, self.source.quantization, self.quantization)
+                    for each in (name, *entry.copies):
+                        yield each, rows, values
+                        if scales is not None:
+                            yield each + SCALE_SUFFIX, None, scales
 
     def config(self, base: Mapping[str, Any] | None) -> dict[str, Any]:
         """config.json."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from etils import epath
 
 # Arrays are cut into chunks of at most this many bytes, so that restoring on a finer mesh does not read each whole.
 _CHUNK_BYTES = 2**28
+_IN_FLIGHT_BYTES = 2**28
 
 
 class StagedArrayHandler(ocp.type_handlers.ArrayHandler):
@@ -76,7 +78,7 @@ class StreamedArrayHandler(ocp.type_handlers.NumpyHandler):
         return "jax.Array"
 
     async def serialize(self, values, infos, args=None):
-        """Makes the writes, which wait for each other: two pieces are in memory at most."""
+        """Makes the writes, which wait for each other: few pieces are in memory at a time."""
         self._one_at_a_time = asyncio.Lock()
         return await super().serialize(values, infos, args)
 
@@ -85,14 +87,15 @@ class StreamedArrayHandler(ocp.type_handlers.NumpyHandler):
             if value.chunks is not None:
                 spec["metadata"]["chunks"] = list(value.chunks)
             array = await ts.open(ts.Spec(spec), create=True, open=True, context=context)
-            pending = None
+            pending: collections.deque[tuple[ts.WriteFutures, int]] = collections.deque()
             for index, piece in value.pieces():
-                if pending is not None:
-                    await pending
+                # Several small writes at a time: the store commits them together, and each commit takes a while.
+                while pending and sum(size for _, size in pending) + piece.nbytes > _IN_FLIGHT_BYTES:
+                    await pending.popleft()[0]
                 target = array if index is None else array[index]
-                pending = target.write(piece, can_reference_source_data_indefinitely=True)
-            if pending is not None:
-                await pending
+                pending.append((target.write(piece, can_reference_source_data_indefinitely=True), piece.nbytes))
+            for write, _ in pending:
+                await write
 
 
 def array_handler() -> ocp.PyTreeCheckpointHandler:

@@ -15,7 +15,7 @@ import numpy as np
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.config_io import from_dict, to_dict
 from deepseek_jax.interop.architecture import Quantization, read_quantization, rope_interleaved
-from deepseek_jax.interop.host import contiguous
+from deepseek_jax.interop.host import contiguous, one_ahead
 from deepseek_jax.interop.layout import Entry, entries
 from deepseek_jax.interop.progress import ByteProgress
 from deepseek_jax.interop.weights import Form, WeightSource, pieces, rows_at_once, source_bytes
@@ -133,7 +133,7 @@ def _streams(source: WeightSource, entry: Entry, report: Callable[[int], None]) 
         chunks = (1, *shape[1:])
     elif step is not None:
         chunks = (shape[0], step) if entry.transposed else (step, shape[1])
-    streams = {entry.name: StreamedArray(shape, form.dtype, values, chunks)}
+    streams = {entry.name: StreamedArray(shape, form.dtype, lambda: one_ahead(values()), chunks)}
     if form.scale_dtype is not None:
         assert source.quantization is not None
         scales_shape = entry.scales_shape(source.quantization.block)
