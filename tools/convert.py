@@ -176,7 +176,6 @@ def _open(name: str, step: int | None = None) -> Iterator[HuggingFaceFolder | Ch
         if step is not None:
             raise ConfigError(f"--step chooses a checkpoint, and {path} is a Hugging Face folder")
         with HuggingFaceFolder(path) as folder:
-            folder.check_copies()
             yield folder
     else:
         yield CheckpointWeights(path, step)

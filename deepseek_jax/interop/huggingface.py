@@ -35,7 +35,6 @@ _SCALES = ("float32", "bfloat16", "float8_e8m0fnu")
 _DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")
 """Buffers that some folders hold although they follow from the config."""
 _SHOWN = 5
-_COMPARED_BYTES = 1 << 26
 
 
 class HuggingFaceFolder:
@@ -66,8 +65,19 @@ class HuggingFaceFolder:
         return Form(self.tensors[name].dtype, scales)
 
     def values(self, entry: Entry, row: int, rows: slice | None = None) -> list[np.ndarray]:
-        """The tensors `entry.tensors[row]`, or these rows of it, read from the disk."""
-        return [self.tensors.read(name, rows) for name in entry.tensors[row]]
+        """The tensors `entry.tensors[row]`, or these rows of it, read from the disk.
+
+        Raises `InteropError` where an MTP module's own embedding or head is another than the main model's: the
+        architecture shares them, so what differs could not be kept.
+        """
+        values = [self.tensors.read(name, rows) for name in entry.tensors[row]]
+        for copy in entry.copies:
+            if copy in self.tensors and self.tensors.read(copy, rows).tobytes() != values[0].tobytes():
+                raise InteropError(
+                    f"{self.path}: {copy} differs from {entry.tensors[0][0]}; MTP shares it with the main model "
+                    "(section 2.2), so both cannot be kept"
+                )
+        return values
 
     def scales(self, entry: Entry, row: int) -> list[np.ndarray]:
         """The scales of these tensors, which are FP8."""
@@ -76,19 +86,6 @@ class HuggingFaceFolder:
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Another document of the folder, or None where it is not there."""
         return read_json(self.path / name) if (self.path / name).exists() else None
-
-    def check_copies(self) -> None:
-        """Raises `InteropError` where an MTP module's embedding or head differs from the main model's.
-
-        The architecture shares them, so what differs could not be kept. Reads both, a piece at a time.
-        """
-        for entry in self.entries.values():
-            for copy in entry.copies:
-                if copy in self.tensors and not self._equal(entry.tensors[0][0], copy):
-                    raise InteropError(
-                        f"{self.path}: {copy} differs from {entry.tensors[0][0]}; MTP shares it with the main model "
-                        "(section 2.2), so both cannot be kept"
-                    )
 
     def close(self) -> None:
         """Closes the files."""
@@ -123,7 +120,7 @@ class HuggingFaceFolder:
             names = [name for row in entry.tensors for name in row]
             wanted.update(dict.fromkeys(names, entry.tensor_shape))
             wanted.update({copy: entry.tensor_shape for copy in entry.copies if copy in self.tensors})
-            dtypes += self._check_dtypes(entry, [name for name in names if name in self.tensors])
+            dtypes += self._check_dtypes(entry, [name for name in (*names, *entry.copies) if name in self.tensors])
         for name in [name for name in wanted if name in self.tensors and self.tensors[name].dtype == E4M3]:
             wanted[name + SCALE_SUFFIX] = scale_shape(wanted[name], self._block) if len(wanted[name]) == 2 else (-1,)
         missing = [name for name in wanted if name not in self.tensors]
@@ -157,16 +154,6 @@ class HuggingFaceFolder:
             elif dtype.name not in _FLOATS:
                 found.append(f"{name} ({dtype.name}, not {', '.join(_FLOATS)} or float8_e4m3fn)")
         return found
-
-    def _equal(self, one: str, other: str) -> bool:
-        if self.tensors[one].dtype != self.tensors[other].dtype:
-            return False
-        rows = max(1, _COMPARED_BYTES // max(1, self.tensors[one].nbytes // max(1, self.tensors[one].shape[0])))
-        return all(
-            self.tensors.read(one, part).tobytes() == self.tensors.read(other, part).tobytes()
-            for start in range(0, self.tensors[one].shape[0], rows)
-            for part in [slice(start, min(start + rows, self.tensors[one].shape[0]))]
-        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -58,7 +58,6 @@ def load(folder: str | Path, *, dtype=None, mesh: Mesh | None = None, progress: 
         tokenizer, template = read_tokenizer(source.path), read_chat_template(source.path)
         if tokenizer is not None:
             check_vocab(tokenizer, source.model.vocab_size)
-        source.check_copies()
         if dtype is None:
             stored = source.form(source.entries["embedding.weight"]).dtype
             dtype = jnp.float32 if stored == np.float64 else stored
