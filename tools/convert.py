@@ -16,8 +16,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,7 +38,7 @@ from deepseek_jax.interop.tokenizer_files import tokenizer_files
 from deepseek_jax.interop.weights import WeightSource, pieces, read, source_bytes
 from deepseek_jax.paths import local_path, new_folder
 from deepseek_jax.training.checkpoint import CheckpointError
-from deepseek_jax.training.weights import CheckpointWeights, write_checkpoint
+from deepseek_jax.training.weights import CheckpointWeights, tokenizer_of, write_checkpoint
 
 CARRIED = "huggingface"
 """The folder beside a converted checkpoint that keeps the other files of the Hugging Face folder."""
@@ -106,7 +108,7 @@ def _to_checkpoint(options: argparse.Namespace) -> int:
 
 
 def _to_hf(options: argparse.Namespace) -> int:
-    if options.shard_gb <= 0:
+    if not 1 <= options.shard_gb * 1e9 < math.inf:
         raise ConfigError(f"--shard_gb must be positive, not {options.shard_gb}")
     with _open(options.source, options.step) as source:
         trained_here = source.config is None
@@ -144,7 +146,7 @@ def _check_written(options: argparse.Namespace) -> int:
     with _open(options.source, options.step) as source, _open(options.target) as target:
         if source.model != target.model:
             raise InteropError(f"{options.target} holds another architecture than {options.source}")
-        differing = []
+        differing: dict[str, None] = {}  # each once, in order: a huge tensor is compared in pieces
         with ByteProgress("comparing", source_bytes(target)) as done:
             for entry in source.entries.values():
                 theirs = target.entries[entry.name]
@@ -154,11 +156,11 @@ def _check_written(options: argparse.Namespace) -> int:
                     for name, (wanted, found) in zip(entry.tensors[row], pairs, strict=True):
                         values, scales = convert(wanted, form, source.quantization, target.quantization)
                         if not (_equal(values, found.values) and _equal(scales, found.scales)):
-                            differing.append(name)
+                            differing[name] = None
                         done.add(found.values.nbytes)
     if differing:
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
-        raise InteropError(f"{len(differing)} tensors differ: {', '.join(differing[:5])}{more}")
+        raise InteropError(f"{len(differing)} tensors differ: {', '.join(list(differing)[:5])}{more}")
     print(f"{options.target} holds what {options.source} holds")
     return 0
 
@@ -191,12 +193,12 @@ def _other_files(source: HuggingFaceFolder | CheckpointWeights) -> dict[str, Pat
             if path.is_file() and not path.name.startswith(".")
             and path.suffix not in _WEIGHTS and path.name not in ("config.json", INDEX)
         }  # fmt: skip
-    found = next((f for f in (source.path, source.path.parent) if (f / "tokenizer.json").exists()), None)
+    found = tokenizer_of(source.path)
     if found is None:
         return {}
-    documents = tokenizer_files(Tokenizer.load(found / "tokenizer.json"), max_length=_reach(source))
+    documents = tokenizer_files(Tokenizer.load(found), max_length=_reach(source))
     texts = {name: (json.dumps(document, indent=2) + "\n").encode() for name, document in documents.items()}
-    return {"tokenizer.json": found / "tokenizer.json", **texts}
+    return {"tokenizer.json": found, **texts}
 
 
 def _reach(source: WeightSource) -> int:
@@ -254,4 +256,5 @@ def _ranges(names: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing half-written stays behind
     sys.exit(main(sys.argv[1:]))

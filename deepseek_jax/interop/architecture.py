@@ -446,9 +446,14 @@ def read_quantization(config: Mapping[str, Any], *, source: str = "config.json")
 
 
 def write_quantization(config: Mapping[str, Any], quantization: Quantization | None) -> dict[str, Any]:
-    """A copy of a `config.json` that says how the weights are quantized, or nothing of it where they are not."""
+    """A copy of a `config.json` that says how the weights are quantized, or nothing of it where they are not.
+
+    What it says already stays as it is, in its spelling and with its other fields, where that is so.
+    """
     result = {name: value for name, value in config.items() if name != "quantization_config"}
     if quantization is not None:
+        if _says(config, quantization):
+            return dict(config)
         result["quantization_config"] = {
             "activation_scheme": "dynamic",
             "fmt": "e4m3",
@@ -458,6 +463,13 @@ def write_quantization(config: Mapping[str, Any], quantization: Quantization | N
         if quantization.scale_format == "ue8m0":
             result["quantization_config"]["scale_fmt"] = "ue8m0"
     return result
+
+
+def _says(config: Mapping[str, Any], quantization: Quantization) -> bool:
+    try:
+        return read_quantization(config) == quantization
+    except InteropError:
+        return False
 
 
 def _update(values: dict[str, Any], new: Mapping[str, Any]) -> None:

@@ -60,7 +60,10 @@ class Fields:
 
     def number(self, name: str, absent: Any = MISSING, null: Any = MISSING) -> Any:
         value = self.get(name, (int, float), "a finite number", absent, null)
-        return value if value is None else float(value)
+        try:
+            return value if value is None else float(value)
+        except OverflowError:
+            raise self.error(name, f"must be a finite number, not one of {len(str(abs(value)))} digits") from None
 
     def boolean(self, name: str, absent: bool) -> bool:
         return self.get(name, (bool,), "true or false", absent)

@@ -141,6 +141,7 @@ class HuggingFaceFolder:
     def _check_dtypes(self, entry: Entry, names: Sequence[str]) -> list[str]:
         """What is wrong with the dtypes of these tensors, in words."""
         found = []
+        first = self.tensors.get(names[0] + SCALE_SUFFIX) if names else None
         for name in names:
             dtype = self.tensors[name].dtype
             if dtype != self.tensors[names[0]].dtype:
@@ -151,6 +152,8 @@ class HuggingFaceFolder:
                     found.append(f"{name} ({dtype.name}, but only linear layers can be FP8)")
                 elif scale is not None and scale.dtype.name not in _SCALES:
                     found.append(f"{scale.name} ({scale.dtype.name}, not {' or '.join(_SCALES)})")
+                elif scale is not None and first is not None and scale.dtype != first.dtype:
+                    found.append(f"{scale.name} ({scale.dtype.name}, but {first.name} is {first.dtype.name})")
             elif dtype.name not in _FLOATS:
                 found.append(f"{name} ({dtype.name}, not {', '.join(_FLOATS)} or float8_e4m3fn)")
         return found
@@ -162,7 +165,7 @@ def read_json(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InteropError(f"{path} cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InteropError(f"{path} is no JSON ({error})") from None
     if not isinstance(document, dict):
         raise InteropError(f"{path} is no JSON object")

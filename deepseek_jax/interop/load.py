@@ -1,4 +1,4 @@
-"""Weights from a Hugging Face folder or a checkpoint straight into the arrays of a mesh: `deepseek_jax.load`.
+"""Weights from a Hugging Face folder (`deepseek_jax.load`) or a checkpoint straight into the arrays of a mesh.
 
 Each tensor is read once, decoded, and written into the shards that hold it. Host memory holds one expert or one matrix
 at a time beside what the devices hold.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from deepseek_jax.config import ConfigError
-from deepseek_jax.data.tokenizer import check_vocab
+from deepseek_jax.config import ConfigError, ModelConfig
 from deepseek_jax.inference.language_model import LanguageModel
 from deepseek_jax.interop.host import one_ahead
 from deepseek_jax.interop.huggingface import HuggingFaceFolder
@@ -26,7 +26,7 @@ from deepseek_jax.interop.weights import WeightSource, pieces, read, source_byte
 from deepseek_jax.model.parameters import RouterBias, parameter_specs
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.filling import StackFiller
-from deepseek_jax.parallel.mesh import mesh_of
+from deepseek_jax.parallel.mesh import AXES, mesh_of
 from deepseek_jax.parallel.placement import ParameterLayout, place
 from deepseek_jax.tree import Tree, flatten, unflatten
 
@@ -47,23 +47,56 @@ def load(folder: str | Path, *, dtype=None, mesh: Mesh | None = None, progress: 
       InteropError: the folder lacks a tensor, holds one too many, is damaged, or is of an architecture that is not
         supported; its chat template is broken.
       DataError: its tokenizer.json cannot be used.
-      ConfigError: it is in the cloud; the tokenizer has more tokens than the model; the mesh has several stages.
+      ConfigError: it is in the cloud; the tokenizer has more tokens than the model; the mesh has other axes, several
+        stages or does not divide the experts; `dtype` is none of floats.
     """
     mesh = mesh_of(np.asarray(jax.devices()[:1]).reshape(1, 1, 1, 1)) if mesh is None else mesh
+    dtype = None if dtype is None else _float(dtype)
+    if set(mesh.axis_names) != set(AXES):
+        raise ConfigError(
+            f"the mesh has the axes {', '.join(map(str, mesh.axis_names))}; make it with "
+            f"deepseek_jax.parallel.mesh.mesh_of, from devices in the shape [{', '.join(AXES)}]"
+        )
     if mesh.shape["pipe"] != 1:
         raise ConfigError(
             f"a model is loaded onto one pipeline stage: make the mesh with pipe=1, not {mesh.shape['pipe']}"
         )
     with HuggingFaceFolder(folder) as source:
+        _check_split(source.model, mesh)
         tokenizer, template = read_tokenizer(source.path), read_chat_template(source.path)
-        if tokenizer is not None:
-            check_vocab(tokenizer, source.model.vocab_size)
+        if tokenizer is not None and tokenizer.vocab_size > source.model.vocab_size:
+            raise ConfigError(
+                f"{tokenizer.name} has {tokenizer.vocab_size} tokens, and the model's vocab_size is "
+                f"{source.model.vocab_size}, so it is another model's: put the right one there, or take it away"
+            )
         if dtype is None:
             stored = source.form(source.entries["embedding.weight"]).dtype
             dtype = jnp.float32 if stored == np.float64 else stored
         model = load_transformer(source, mesh, dtype=dtype, progress=progress)
         stops = read_stop_ids(source) or (() if tokenizer is None else (tokenizer.eos_id,))
         return LanguageModel(model, tokenizer, template, stop_ids=stops, name=str(source.path))
+
+
+def _float(dtype: Any) -> jnp.dtype:
+    """`dtype`, if weights can be of it. Raises `ConfigError`."""
+    floats = ("bfloat16", "float16", "float32", *(("float64",) if jax.config.read("jax_enable_x64") else ()))
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in floats:
+        raise ConfigError(f"dtype must be one of {', '.join(floats)}, not {found.name if found else repr(dtype)}")
+    return found
+
+
+def _check_split(model: ModelConfig, mesh: Mesh) -> None:
+    """Raises `ConfigError` unless the mesh divides the experts."""
+    ranks = mesh.shape["node"] * mesh.shape["expert"]
+    if (model.num_moe_layers or model.mtp_depth) and model.moe.num_experts % ranks:
+        raise ConfigError(
+            f"{model.moe.num_experts} experts cannot be split evenly over {ranks} devices (node "
+            f"{mesh.shape['node']} x expert {mesh.shape['expert']}); make the mesh with a divisor"
+        )
 
 
 def load_transformer(source: WeightSource, mesh: Mesh, *, dtype, progress: bool = False) -> Transformer:

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from deepseek_jax.config import ConfigError
-from deepseek_jax.interop.architecture import Quantization, write_architecture, write_quantization
+from deepseek_jax.interop.architecture import Quantization, rope_interleaved, write_architecture, write_quantization
 from deepseek_jax.interop.errors import InteropError
 from deepseek_jax.interop.fp8 import BLOCK, E4M3, quantise, scale_shape
 from deepseek_jax.interop.host import one_ahead
@@ -159,6 +159,9 @@ class _Writing:
     def config(self, base: Mapping[str, Any] | None) -> dict[str, Any]:
         """config.json."""
         document = write_quantization(write_architecture(self.source.model, base=base), self.quantization)
+        interleaved = any(entry.row_order is not None for entry in self.source.entries.values())
+        if rope_interleaved(document) != interleaved:  # rows are written as they are stored
+            document["rope_interleave"] = interleaved
         key = "dtype" if "dtype" in document else "torch_dtype"
         if self.precision != "keep":
             document[key] = self.precision if self.quantization is None else "bfloat16"

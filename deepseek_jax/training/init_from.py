@@ -18,7 +18,7 @@ from deepseek_jax.interop.weights import WeightSource
 from deepseek_jax.paths import local_path
 from deepseek_jax.training.experiment import Experiment
 from deepseek_jax.training.step import Trainer, TrainState
-from deepseek_jax.training.weights import CheckpointWeights
+from deepseek_jax.training.weights import CheckpointWeights, tokenizer_of
 
 HUGGING_FACE = "hf:"
 
@@ -36,8 +36,8 @@ def starting_from(experiment: Experiment, init_from: str) -> Experiment:
     with open_weights(init_from) as source:
         model = dataclasses.replace(source.model, init_std=experiment.model.init_std)
     folder = _folder(init_from)
-    candidates = (folder / "tokenizer.json", folder.parent / "tokenizer.json")
-    found = next((str(path.absolute()) for path in candidates if path.exists()), None)
+    path = tokenizer_of(folder)
+    found = None if path is None else str(path.absolute())
     if found is None and experiment.tokenizer.path is None:
         raise ConfigError(
             f"{folder} has no tokenizer.json, and a new tokenizer's tokens would not be those of its weights: "
@@ -61,6 +61,9 @@ def first_state(experiment: Experiment, trainer: Trainer) -> TrainState:
 def open_weights(init_from: str) -> Iterator[WeightSource]:
     """The weights that `init_from` names."""
     if not init_from.startswith(HUGGING_FACE):
+        folder = _folder(init_from)
+        if any(folder.glob("*.safetensors")):
+            raise ConfigError(f"{folder} is a Hugging Face folder: start from it with hf:{init_from}")
         yield CheckpointWeights(init_from)
         return
     with HuggingFaceFolder(_folder(init_from)) as source:
@@ -81,5 +84,5 @@ def _check_same(experiment: Experiment, saved: ModelConfig) -> None:
         path, there, here = differences[0]
         raise ConfigError(
             f"{experiment.init_from} holds another architecture: {path} is {there} there and {here} here; "
-            "start with --init_from, which takes the architecture from there"
+            "start with --init_from, which takes the architecture from there, and change nothing of it"
         )

@@ -6,11 +6,14 @@ Face folder: each entry in the folder's dtype, the scales of FP8 entries under `
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.config_io import from_dict, to_dict
@@ -47,6 +50,8 @@ class CheckpointWeights:
             raise CheckpointError(f"{self.path} holds no checkpoint; name a run's folder, or one of checkpoints")
         self.step = newest
         documents = self._store.documents(newest)
+        if "model" not in documents.get("meta", {}):
+            raise CheckpointError(f"checkpoint {newest} in {self.path} does not say which model it holds")
         self.config: Mapping[str, Any] | None = documents.get(CONFIG_DOCUMENT)
         """config.json of the Hugging Face folder that it comes from; None where it was trained here."""
         self.model: ModelConfig = from_dict(ModelConfig, documents["meta"]["model"])
@@ -86,6 +91,13 @@ class CheckpointWeights:
         check_entries(saved, wanted, source=f"checkpoint {self.step} in {self.path}", dtypes=False)
 
 
+def tokenizer_of(folder: Path) -> Path | None:
+    """The tokenizer.json that belongs to a Hugging Face folder, a run's or one of checkpoints; None without one."""
+    folder = folder.absolute()
+    homes = (folder, folder.parent) if folder.name == CHECKPOINTS else (folder,)
+    return next((home / "tokenizer.json" for home in homes if (home / "tokenizer.json").exists()), None)
+
+
 def write_checkpoint(
     source: WeightSource, folder: Path, *, config: Mapping[str, Any] | None = None, progress: bool = True
 ) -> None:
@@ -100,22 +112,38 @@ def write_checkpoint(
     Raises:
       CheckpointError: the disk is full, or cannot be written.
     """
+    stopped = threading.Event()
     total = source_bytes(source)
     documents = {"meta": {"model": to_dict(source.model), "step": 0, "tokens": 0}, CONFIG_DOCUMENT: config}
     with ByteProgress("writing", total, quiet=not progress) as done, CheckpointStore(folder / CHECKPOINTS) as store:
-        streams = [_streams(source, entry, done.add) for entry in source.entries.values()]
+        streams = [_streams(source, entry, done.add, stopped) for entry in source.entries.values()]
         arrays = {name: stream for part in streams for name, stream in part.items()}
-        store.save(
-            0, arrays, {name: document for name, document in documents.items() if document is not None}, wait=True
-        )
+        try:
+            store.save(
+                0, arrays, {name: document for name, document in documents.items() if document is not None}, wait=True
+            )
+        except BaseException:  # Ctrl-C: the writing in the background ends, so that what it wrote can be removed
+            stopped.set()
+            verbosity = logging.get_verbosity()
+            logging.set_verbosity(logging.FATAL)  # Orbax would log what it misses
+            with contextlib.suppress(Exception):
+                store.close()
+            with contextlib.suppress(CheckpointError):
+                store.delete(0)
+            logging.set_verbosity(verbosity)
+            raise
 
 
-def _streams(source: WeightSource, entry: Entry, report: Callable[[int], None]) -> dict[str, StreamedArray]:
-    """An entry, and its scales where it has any, as arrays that are read while they are written."""
+def _streams(
+    source: WeightSource, entry: Entry, report: Callable[[int], None], stopped: threading.Event
+) -> dict[str, StreamedArray]:
+    """An entry, and its scales where it has any, as arrays that are read while they are written, until `stopped`."""
     form = source.form(entry)
 
     def values() -> Iterator[tuple[Index, np.ndarray]]:
         for row, rows in pieces(entry, form):
+            if stopped.is_set():
+                return
             block = contiguous(entry.from_theirs(source.values(entry, row, rows)))
             index: Index = row if entry.stacked else None
             if rows is not None:

@@ -412,6 +412,7 @@ def yarn(**changes) -> dict:
         ({"hidden_size": -1}, "^x.json: model.hidden_size must be positive, not -1$"),
         ({"rms_norm_eps": "1e-6"}, 'rms_norm_eps must be a finite number, not "1e-6"'),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a finite number, not NaN"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps must be a finite number, not one of 401 digits"),
         ({"norm_topk_prob": 1}, "norm_topk_prob must be true or false, not 1"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false"),
         ({"rope_interleave": None}, "rope_interleave must be true or false, not null"),

@@ -14,6 +14,7 @@ from small_model import small
 
 import deepseek_jax as ds
 from deepseek_jax.config import ConfigError
+from deepseek_jax.data.tokenizer import train_tokenizer
 from deepseek_jax.interop.architecture import Quantization
 from deepseek_jax.interop.errors import InteropError
 from deepseek_jax.interop.fp8 import dequantise
@@ -115,6 +116,41 @@ def test_plain_dtypes_load_as_they_are(tmp_path, dtype):
     np.testing.assert_array_equal(np.asarray(weight[...]), read_tensors(folder)["lm_head.weight"].T)
 
 
+def test_half_split_rows_are_written_as_such(tmp_path):
+    """Also where no config.json to start from says so."""
+    folder = write_folder(tmp_path / "a", small(), config={"rope_interleave": False})
+    with HuggingFaceFolder(folder) as source:
+        save(source, tmp_path / "b", progress=False)
+    assert_same_tensors(folder, tmp_path / "b")
+    tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
+    first, second = (np.asarray(ds.load(each, progress=False)(tokens)) for each in (folder, tmp_path / "b"))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_what_else_a_config_says_of_its_fp8_is_kept(tmp_path):
+    folder = write_folder(tmp_path / "a", small(), fp8=FP8)
+    document = json.loads((folder / "config.json").read_text())
+    document["quantization_config"] |= {"modules_to_not_convert": ["lm_head"], "scale_fmt": "float"}
+    (folder / "config.json").write_text(json.dumps(document))
+    kept = json.loads((saved(folder, tmp_path / "b") / "config.json").read_text())
+    assert kept["quantization_config"] == document["quantization_config"]
+    other = json.loads((saved(folder, tmp_path / "c", precision="fp8_ue8m0") / "config.json").read_text())
+    assert other["quantization_config"]["scale_fmt"] == "ue8m0"
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bool", "float8_e4m3fn", "float64", "half a dozen"])
+def test_a_dtype_that_weights_cannot_have(tmp_path, dtype):
+    with pytest.raises(ConfigError, match=f"^dtype must be one of bfloat16, float16, float32, not .*{dtype}"):
+        ds.load(write_folder(tmp_path / "a", small()), dtype=dtype, progress=False)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    folder = write_folder(tmp_path / "a", small())
+    train_tokenizer(["hello"], vocab_size=276).save(folder / "tokenizer.json")
+    with pytest.raises(ConfigError, match=r"tokenizer\.json has 276 tokens, and the model's vocab_size is 64"):
+        ds.load(folder, progress=False)
+
+
 def test_a_tied_head_is_no_tensor(tmp_path):
     model = small(tie_embeddings=True)
     folder = write_folder(tmp_path / "a", model)
@@ -213,6 +249,10 @@ FP8_REFUSED = {
         lambda t: t.update({f"{O_PROJ}_scale_inv": np.ones((1, 1), np.int32)}),
         rf"unexpected dtype: {O_PROJ}_scale_inv \(int32, not float32",
     ),
+    "scales_of_two_dtypes": (
+        lambda t: t.update({f"{EXPERT}_scale_inv": t[f"{EXPERT}_scale_inv"].astype(BFLOAT16)}),
+        rf"{EXPERT}_scale_inv \(bfloat16, but model.layers.2.mlp.experts.0.gate_proj.weight_scale_inv is float32\)",
+    ),
     "scale_without_codes": (
         lambda t: t.update({O_PROJ: t[O_PROJ].astype(BFLOAT16)}),
         f"left over: {O_PROJ}_scale_inv",
@@ -275,6 +315,7 @@ def test_a_missing_shard_and_a_short_one(tmp_path):
         (None, "cannot be read"),
         ("{", "is no JSON"),
         ("[]", "is no JSON object"),
+        ("[" * 100_000, "is no JSON"),
         ('{"model_type": "llama"}', "unknown architecture llama"),
     ],
 )

@@ -77,6 +77,19 @@ def test_a_mesh_of_several_stages_is_refused(folder):
         ds.load(folder, mesh=mesh(2, 1, 1, 1), progress=False)
 
 
+def test_a_mesh_of_other_axes_or_that_splits_no_experts_is_refused(folder):
+    with pytest.raises(ConfigError, match=r"^the mesh has the axes expert; make it with .*mesh_of, .*\[pipe, data"):
+        ds.load(folder, mesh=jax.make_mesh((8,), ("expert",)), progress=False)
+    with pytest.raises(ConfigError, match=r"^16 experts cannot be split evenly over 3 devices \(node 1 x expert 3\)"):
+        ds.load(folder, mesh=mesh(1, 1, 1, 3), progress=False)
+
+
+def test_a_mesh_generates_what_one_device_does(folder):
+    prompts = [[1, 2, 3], [5], [7, 8, 9, 10, 11]]
+    one, many = (ds.load(folder, dtype="float32", mesh=on, progress=False) for on in (None, mesh(1, 1, 2, 4)))
+    assert ds.generate(one, prompts, max_new_tokens=12) == ds.generate(many, prompts, max_new_tokens=12)
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of the process from /proc")
 def test_memory_is_what_the_devices_hold_and_little_more(tmp_path):
     """Promise: about one tensor beyond the arrays themselves. A second copy of one stack would be 100 MB."""

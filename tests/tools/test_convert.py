@@ -1,7 +1,10 @@
 """The command line of conversions: exact both ways, whole or not at all, and refusals in one line."""
 
 import json
+import os
 import re
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ import deepseek_jax as ds
 from deepseek_jax.data.tokenizer import train_tokenizer
 from deepseek_jax.interop import weights
 from deepseek_jax.interop.architecture import Quantization
+from deepseek_jax.interop.huggingface import HuggingFaceFolder
 from deepseek_jax.interop.safetensors import TensorFolder
 from deepseek_jax.training.checkpoint import CheckpointStore
 from deepseek_jax.training.weights import CheckpointWeights
@@ -79,6 +83,41 @@ def test_huge_tensors_go_a_piece_at_a_time(tmp_path, capsys, monkeypatch, form):
     np.testing.assert_array_equal(np.asarray(one(tokens)), np.asarray(other(tokens)))
     head = read_tensors(folder)["lm_head.weight"].astype(np.float32)
     np.testing.assert_array_equal(np.asarray(one.model.head.weight[...]), head.T)
+
+
+def test_float64_stays_so(tmp_path, capsys):
+    """jax would narrow it."""
+    folder = write_folder(tmp_path / "hf", ODD, dtype=np.float64)
+    assert run(capsys, "to-checkpoint", folder, tmp_path / "ours", "--verify")[0] == 0
+    assert run(capsys, "to-hf", tmp_path / "ours", tmp_path / "back", "--verify")[0] == 0
+    assert_same_tensors(folder, tmp_path / "back")
+
+
+@pytest.mark.parametrize("command", ["to-checkpoint", "to-hf"])
+def test_an_interrupted_conversion_ends_at_once_and_leaves_nothing(tmp_path, capsys, monkeypatch, folder, command):
+    """Ctrl-C while weights are read, in the background or not: no other tensor is read, and the folder is gone."""
+    reading, read = [], HuggingFaceFolder.values
+
+    def values(self, entry, row, rows=None):
+        reading.append(entry.name)
+        if len(reading) == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.02)
+        return read(self, entry, row, rows)
+
+    monkeypatch.setattr(HuggingFaceFolder, "values", values)
+    code, _, error = run(capsys, command, folder, tmp_path / "out")
+    assert (code, error) == (130, "stopped; nothing is left behind\n")
+    assert len(reading) < 40
+    time.sleep(0.2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_a_checkpoint_that_names_no_model_is_refused(tmp_path, capsys, folder):
+    run(capsys, "to-checkpoint", folder, tmp_path / "ours")
+    (tmp_path / "ours" / "checkpoints" / "0" / "documents" / "documents.json").write_text("{}")
+    code, _, error = run(capsys, "to-hf", tmp_path / "ours", tmp_path / "x")
+    assert (code, error) == (1, f"error: checkpoint 0 in {tmp_path / 'ours'} does not say which model it holds\n")
 
 
 def test_what_lies_beside_the_weights_comes_along(tmp_path, capsys, folder):
@@ -159,6 +198,8 @@ def test_inspect_names_what_is_missing_and_what_is_left_over(tmp_path, capsys, f
         (("to-hf", "empty", "x"), "empty holds no checkpoint"),
         (("to-hf", "hf", "x", "--step", "3"), "--step chooses a checkpoint, and hf is a Hugging Face folder"),
         (("to-hf", "hf", "x", "--shard_gb", "0"), "--shard_gb must be positive, not 0.0"),
+        (("to-hf", "hf", "x", "--shard_gb", "nan"), "--shard_gb must be positive, not nan"),
+        (("to-hf", "hf", "x", "--shard_gb", "1e-10"), "--shard_gb must be positive, not 1e-10"),
         (("inspect", "empty"), "there is no safetensors file"),
         (("verify", "hf", "other"), "other holds another architecture than hf"),
         (("to-hf", "gs://bucket/a", "x"), "must be on a local or mounted disk"),

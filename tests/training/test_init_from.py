@@ -15,7 +15,8 @@ from deepseek_jax.data.tokenizer import Tokenizer, train_tokenizer
 from deepseek_jax.interop.architecture import Quantization
 from deepseek_jax.interop.errors import InteropError
 from deepseek_jax.interop.layout import entries
-from deepseek_jax.training.init_from import starting_from
+from deepseek_jax.training.init_from import first_state, starting_from
+from deepseek_jax.training.loop import make_trainer
 from experiments import run as command_line
 from tools import convert
 
@@ -158,6 +159,42 @@ def test_a_folder_without_a_tokenizer_needs_one(tmp_path, texts):
     folder = write_folder(tmp_path / "hf", MODEL)
     with pytest.raises(ConfigError, match=r"has no tokenizer.json, .*: set tokenizer.path"):
         starting_from(experiment(texts), f"hf:{folder}")
+
+
+def test_the_tokenizer_of_a_folder_above_is_another_models(tmp_path, texts):
+    """But that of a run is above its checkpoints."""
+    folder = write_folder(tmp_path / "hf", MODEL)
+    train_tokenizer(SENTENCES, vocab_size=VOCABULARY).save(tmp_path / "tokenizer.json")
+    with pytest.raises(ConfigError, match=r"has no tokenizer.json"):
+        starting_from(experiment(texts), f"hf:{folder}")
+    assert convert.main(["to-checkpoint", str(folder), str(tmp_path / "ours")]) == 0
+    with pytest.raises(ConfigError, match=r"has no tokenizer.json"):
+        starting_from(experiment(texts), str(tmp_path / "ours"))
+    train_tokenizer(SENTENCES, vocab_size=VOCABULARY).save(tmp_path / "ours" / "tokenizer.json")
+    start = starting_from(experiment(texts), str(tmp_path / "ours" / "checkpoints"))
+    assert start.tokenizer.path == str(tmp_path / "ours" / "tokenizer.json")
+
+
+def test_a_hugging_face_folder_without_hf_before_it(tmp_path, texts):
+    folder = folder_of(tmp_path / "hf", MODEL)
+    with pytest.raises(ConfigError, match=f"is a Hugging Face folder: start from it with hf:{folder}"):
+        starting_from(experiment(texts), str(folder))
+
+
+@pytest.mark.parametrize("fp8", [None, Quantization()], ids=["bf16", "fp8"])
+def test_a_converted_checkpoint_starts_a_run_as_its_folder_does(tmp_path, texts, fp8):
+    folder = folder_of(tmp_path / "hf", MODEL, fp8=fp8)
+    assert convert.main(["to-checkpoint", str(folder), str(tmp_path / "ours")]) == 0
+    states = []
+    for start in (f"hf:{folder}", str(tmp_path / "ours")):
+        begun = starting_from(experiment(texts), start)
+        assert Tokenizer.load(begun.tokenizer.path).fingerprint() == Tokenizer.load(folder).fingerprint()
+        trainer = make_trainer(begun)
+        state = first_state(begun, trainer)
+        states.append(trainer.params_layout.unstack(state.params) | trainer.bias_layout.unstack(state.router_bias))
+    assert states[0].keys() == states[1].keys() == entries(MODEL).keys()
+    for name, array in states[0].items():
+        np.testing.assert_array_equal(np.asarray(array), np.asarray(states[1][name]), err_msg=name)
 
 
 @pytest.mark.parametrize(
