@@ -137,7 +137,9 @@ def _resolve(options: flags.FlagValues, positional: Sequence[str]) -> tuple[Any,
 
         if options.resume:
             raise UsageError("--resume continues from the run's own checkpoint; leave out --init_from")
-        experiment = starting_from(experiment, options.init_from)
+        # What is set of these two may be what makes the folder usable: a tokenizer of its own, a shorter context.
+        early = [change for change in options.set if change.startswith(("tokenizer.", "data."))]
+        experiment = starting_from(override_all(experiment, early), options.init_from)
     experiment = override_all(experiment, options.set)
     if options.virtual_devices > 1 and math.prod(experiment.parallel.shape) == 1:
         experiment = override_all(experiment, [f"parallel.data={options.virtual_devices}"])

@@ -154,7 +154,7 @@ def _check_written(options: argparse.Namespace) -> int:
                 for row, rows in pieces(entry, source.form(entry), form):
                     pairs = zip(read(source, entry, row, rows), read(target, theirs, row, rows), strict=True)
                     for name, (wanted, found) in zip(entry.tensors[row], pairs, strict=True):
-                        values, scales = convert(wanted, form, source.quantization, target.quantization)
+                        values, scales = convert(name, wanted, form, source.quantization, target.quantization)
                         if not (_equal(values, found.values) and _equal(scales, found.scales)):
                             differing[name] = None
                         done.add(found.values.nbytes)

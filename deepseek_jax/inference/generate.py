@@ -146,6 +146,8 @@ def generate(
     """
     if isinstance(prompts, Mapping):
         raise ChatError("a conversation is a list of messages, and this is one message: put it into a list")
+    if not isinstance(prompts, str) and len(prompts) > 0 and isinstance(prompts[0], int | np.integer):
+        raise ValueError("prompts are several, and this is one of token ids: put it into a list, [[1, 2, 3]]")
     single = isinstance(prompts, str) or _is_conversation(prompts)
     batch: list[Any] = [prompts] if single else list(prompts)
     of_text = [isinstance(prompt, str) or _is_conversation(prompt) for prompt in batch]

@@ -26,11 +26,15 @@ class LanguageModel:
         chat_template: ChatTemplate | None = None,
         *,
         stop_ids: Collection[int] = (),
+        add_bos: bool = False,
         name: str = "this model",
     ):
-        """Puts together a bound model and what it speaks with; `stop_ids` are the tokens that end its answers."""
+        """Puts together a bound model and what it speaks with.
+
+        `stop_ids` are the tokens that end its answers; `add_bos` puts a beginning of sentence before a plain text.
+        """
         self.model, self.chat_template, self.stop_ids, self.name = model, chat_template, tuple(stop_ids), name
-        self._tokenizer = tokenizer
+        self._tokenizer, self._add_bos = tokenizer, add_bos
 
     @property
     def config(self) -> ModelConfig:
@@ -52,12 +56,15 @@ class LanguageModel:
     def encode(self, prompt: str | Sequence[Message]) -> list[int]:
         """A text, or a conversation, as the tokens that the model continues.
 
-        A text gets what the tokenizer's file puts before it (DeepSeek's begins with `<｜begin▁of▁sentence｜>`), and the
-        names of special tokens within it are plain text. A conversation goes through the chat template; only what its
+        A text gets what the folder says comes before it (DeepSeek's: `<｜begin▁of▁sentence｜>`), and the names of
+        special tokens within it are plain text. A conversation goes through the chat template; only what its
         system and its assistant say may name special tokens. Raises `ChatError`.
         """
         if isinstance(prompt, str):
-            return self.tokenizer.encode_prompt(check_text(prompt)) or [self.tokenizer.eos_id]
+            tokens, bos = self.tokenizer.encode_prompt(check_text(prompt)), self.tokenizer.bos_id
+            if self._add_bos and bos is not None and tokens[:1] != [bos]:
+                tokens = [bos, *tokens]
+            return tokens or [self.tokenizer.eos_id]
         if self.chat_template is None:
             raise ChatError(f"{self.name} came without a chat template: give prompts as text")
         return conversation_tokens(self.chat_template, self.tokenizer, prompt)

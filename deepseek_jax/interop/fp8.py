@@ -35,7 +35,7 @@ def quantise(
     weights: np.ndarray, *, powers_of_two: bool = False, block: tuple[int, int] = BLOCK
 ) -> tuple[np.ndarray, np.ndarray]:
     """Codes E4M3 `[M, N]` and float32 scales by block: the largest of a block becomes 448, or less where the scale is
-    rounded up to a power of two. A block of zeros has scale 1.
+    rounded up to a power of two. A block of zeros has scale 1; all scales are NaN where a weight is not finite.
     """
     return on_host(_quantise, weights, powers_of_two=powers_of_two, block=block)
 
@@ -55,6 +55,7 @@ def _quantise(weights: jax.Array, *, powers_of_two: bool, block) -> tuple[jax.Ar
     if powers_of_two:
         mantissa, exponent = jnp.frexp(scales)  # mantissa in [0.5, 1)
         scales = jnp.ldexp(jnp.float32(1), jnp.where(mantissa == 0.5, exponent - 1, exponent))
+    scales = jnp.where(jnp.isfinite(weights).all(), scales, jnp.nan)
     # Clipped, because a cast out of range is NaN, and the division may round up beyond the range.
     scaled = jnp.clip(weights / _spread(scales, weights.shape, block), -E4M3_MAX, E4M3_MAX)
     return scaled.astype(jnp.float8_e4m3fn), scales

@@ -21,7 +21,7 @@ from deepseek_jax.inference.language_model import LanguageModel
 from deepseek_jax.interop.host import one_ahead
 from deepseek_jax.interop.huggingface import HuggingFaceFolder
 from deepseek_jax.interop.progress import ByteProgress
-from deepseek_jax.interop.tokenizer_files import read_chat_template, read_stop_ids, read_tokenizer
+from deepseek_jax.interop.tokenizer_files import read_add_bos, read_chat_template, read_stop_ids, read_tokenizer
 from deepseek_jax.interop.weights import WeightSource, pieces, read, source_bytes
 from deepseek_jax.model.parameters import RouterBias, parameter_specs
 from deepseek_jax.model.transformer import Transformer
@@ -74,7 +74,8 @@ def load(folder: str | Path, *, dtype=None, mesh: Mesh | None = None, progress: 
             dtype = jnp.float32 if stored == np.float64 else stored
         model = load_transformer(source, mesh, dtype=dtype, progress=progress)
         stops = read_stop_ids(source) or (() if tokenizer is None else (tokenizer.eos_id,))
-        return LanguageModel(model, tokenizer, template, stop_ids=stops, name=str(source.path))
+        add_bos = read_add_bos(source.path)
+        return LanguageModel(model, tokenizer, template, stop_ids=stops, add_bos=add_bos, name=str(source.path))
 
 
 def _float(dtype: Any) -> jnp.dtype:
@@ -111,7 +112,9 @@ def load_state(
     source: WeightSource, params: ParameterLayout, bias: ParameterLayout, *, dtype=jnp.float32
 ) -> tuple[Tree, Tree]:
     """The parameters and router biases that a training run starts from, as it stacks them."""
-    return tuple(filler.finish() for filler in fill(source, params, bias, dtype=dtype, progress=True))
+    return tuple(
+        filler.finish() for filler in fill(source, params, bias, dtype=dtype, progress=jax.process_index() == 0)
+    )
 
 
 def fill(

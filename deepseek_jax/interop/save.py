@@ -84,19 +84,30 @@ def save(
 
 
 def convert(
-    tensor: Tensor, form: Form, stored: Quantization | None, wanted: Quantization | None
+    name: str, tensor: Tensor, form: Form, stored: Quantization | None, wanted: Quantization | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """A tensor in another form: values, and scales where the form has them.
 
-    Codes are kept where they are scaled as `wanted` says; otherwise they are decoded in float32 and made anew.
+    Codes are kept where they are scaled as `wanted` says; otherwise they are decoded in float32 and made anew. Raises
+    `InteropError` where the tensor `name` holds numbers that the form has not.
     """
     if not form.is_fp8:
         values = tensor.decoded(form.dtype)
-        return values if values.dtype == form.dtype else values.astype(form.dtype), None
+        if values.dtype == form.dtype:
+            return values, None
+        with np.errstate(over="ignore"):
+            cast = values.astype(form.dtype)
+        if form.dtype == np.float16 and np.isinf(cast).sum() > np.isinf(values).sum():
+            raise InteropError(f"{name} has values beyond float16's 65,504; write bfloat16 or float32")
+        return cast, None
     if tensor.scales is not None and stored == wanted:
         return tensor.values, tensor.scales
     assert wanted is not None
-    return quantise(tensor.decoded(_FLOAT32), powers_of_two=wanted.scale_format == "ue8m0", block=wanted.block)
+    powers_of_two = wanted.scale_format == "ue8m0"
+    codes, scales = quantise(tensor.decoded(_FLOAT32), powers_of_two=powers_of_two, block=wanted.block)
+    if not np.isfinite(scales).all():
+        raise InteropError(f"{name} has values that are not finite, which have no scale; write bfloat16 or float32")
+    return codes, scales
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -150,7 +161,7 @@ class _Writing:
             form = self.form(entry)
             for row, rows in pieces(entry, self.source.form(entry), form):
                 for name, tensor in zip(entry.tensors[row], read(self.source, entry, row, rows), strict=True):
-                    values, scales = convert(tensor, form, self.source.quantization, self.quantization)
+                    values, scales = convert(name, tensor, form, self.source.quantization, self.quantization)
                     for each in (name, *entry.copies):
                         yield each, rows, values
                         if scales is not None:

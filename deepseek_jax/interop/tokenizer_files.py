@@ -38,6 +38,15 @@ def read_chat_template(folder: Path) -> ChatTemplate | None:
         raise InteropError(f"{home}: {error}") from None
 
 
+def read_add_bos(folder: Path) -> bool:
+    """Whether tokenizer_config.json wants a beginning of sentence before a text, as DeepSeek's folders do.
+
+    Their tokenizer.json does not put it there; older versions of `transformers` do, by this field.
+    """
+    path = folder / "tokenizer_config.json"
+    return path.exists() and read_json(path).get("add_bos_token") is True
+
+
 def read_stop_ids(source: HuggingFaceFolder) -> tuple[int, ...]:
     """The tokens that end a text: `eos_token_id` of generation_config.json, or else of config.json.
 

@@ -79,23 +79,39 @@ class StreamedArrayHandler(ocp.type_handlers.NumpyHandler):
 
     async def serialize(self, values, infos, args=None):
         """Makes the writes, which wait for each other: few pieces are in memory at a time."""
-        self._one_at_a_time = asyncio.Lock()
+        self._one_at_a_time, self._error = asyncio.Lock(), None
         return await super().serialize(values, infos, args)
 
+    async def _background_serialize(self, values, infos, args=None) -> None:
+        await super()._background_serialize(values, infos, args)
+        if self._error is not None:
+            raise self._error
+
     async def _open_and_write(self, value: StreamedArray, spec: dict[str, Any], context: ts.Context) -> None:
+        """Keeps the first error for the end, and writes no more after it: nothing is left waiting when it is raised."""
         async with self._one_at_a_time:
-            if value.chunks is not None:
-                spec["metadata"]["chunks"] = list(value.chunks)
-            array = await ts.open(ts.Spec(spec), create=True, open=True, context=context)
-            pending: collections.deque[tuple[ts.WriteFutures, int]] = collections.deque()
-            for index, piece in value.pieces():
-                # Several small writes at a time: the store commits them together, and each commit takes a while.
-                while pending and sum(size for _, size in pending) + piece.nbytes > _IN_FLIGHT_BYTES:
-                    await pending.popleft()[0]
-                target = array if index is None else array[index]
-                pending.append((target.write(piece, can_reference_source_data_indefinitely=True), piece.nbytes))
-            for write, _ in pending:
-                await write
+            if self._error is None:
+                try:
+                    await _write(value, spec, context)
+                except Exception as error:
+                    self._error = error
+
+
+async def _write(value: StreamedArray, spec: dict[str, Any], context: ts.Context) -> None:
+    if value.chunks is not None:
+        spec["metadata"]["chunks"] = list(value.chunks)
+    array = await ts.open(ts.Spec(spec), create=True, open=True, context=context)
+    pending: collections.deque[tuple[ts.WriteFutures, int]] = collections.deque()
+    try:
+        for index, piece in value.pieces():
+            # Several small writes at a time: the store commits them together, and each commit takes a while.
+            while pending and sum(size for _, size in pending) + piece.nbytes > _IN_FLIGHT_BYTES:
+                await pending.popleft()[0]
+            target = array if index is None else array[index]
+            pending.append((target.write(piece, can_reference_source_data_indefinitely=True), piece.nbytes))
+    finally:  # also where a piece could not be read: what still writes would get in the way of cleaning up
+        for write, _ in pending:
+            await write
 
 
 def array_handler() -> ocp.PyTreeCheckpointHandler:

@@ -103,6 +103,10 @@ class Experiment:
             self.data.sequence_length > self.model.mtp_depth + 1,
             f"data.sequence_length ({self.data.sequence_length}) leaves MTP depth {self.model.mtp_depth} no label",
         )
+        require(
+            self.init_from is None or self.tokenizer.path is not None,
+            "init_from needs the tokenizer of its weights: start with --init_from, or set tokenizer.path as well",
+        )
         yarn = self.model.attention.yarn
         require(
             yarn is None or self.data.sequence_length <= yarn.original_length * yarn.factor,

@@ -61,8 +61,15 @@ def check_folder(experiment: Experiment, folder: epath.Path, store: CheckpointSt
     elif not saved:
         is_run = path.exists() or (folder / CONFIG_NAME).exists()
         require(is_run, f"{folder} holds no run to resume; name its folder, or start a new run there without resume")
+        before = _saved_experiment(folder)
+        require(
+            before is None or before.init_from == experiment.init_from,
+            f"{folder} began from {before and before.init_from} and has no checkpoint yet: resume it with --resume "
+            "--workdir alone, which takes its own config",
+        )
         if written:
-            _check_unsaved(_saved_every(folder, experiment), path, store.directory)
+            every = (before or experiment).checkpoint.every_steps
+            _check_unsaved(every, path, store.directory)
 
 
 def _check_unsaved(every: int, metrics: epath.Path, directory: epath.Path) -> None:
@@ -79,12 +86,12 @@ def _check_unsaved(every: int, metrics: epath.Path, directory: epath.Path) -> No
         )
 
 
-def _saved_every(folder: epath.Path, experiment: Experiment) -> int:
-    """How often the run in `folder` saved itself, which may not be how often it will."""
+def _saved_experiment(folder: epath.Path) -> Experiment | None:
+    """The run in `folder` as it was; None where its config is gone, or another version's."""
     try:
-        return load_config(Experiment, folder / CONFIG_NAME).checkpoint.every_steps
-    except ConfigError:  # it is gone, or another version's
-        return experiment.checkpoint.every_steps
+        return load_config(Experiment, folder / CONFIG_NAME)
+    except ConfigError:
+        return None
 
 
 def find_tokenizer(experiment: Experiment, folder: epath.Path, *, resume: bool) -> Tokenizer:

@@ -18,6 +18,7 @@ from absl import logging
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.config_io import from_dict, to_dict
 from deepseek_jax.interop.architecture import Quantization, read_quantization, rope_interleaved
+from deepseek_jax.interop.errors import InteropError
 from deepseek_jax.interop.host import contiguous, one_ahead
 from deepseek_jax.interop.layout import Entry, entries
 from deepseek_jax.interop.progress import ByteProgress
@@ -118,20 +119,29 @@ def write_checkpoint(
     with ByteProgress("writing", total, quiet=not progress) as done, CheckpointStore(folder / CHECKPOINTS) as store:
         streams = [_streams(source, entry, done.add, stopped) for entry in source.entries.values()]
         arrays = {name: stream for part in streams for name, stream in part.items()}
+        kept = {name: document for name, document in documents.items() if document is not None}
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity(logging.FATAL)  # Orbax logs an error with its traceback, and then raises it
         try:
-            store.save(
-                0, arrays, {name: document for name, document in documents.items() if document is not None}, wait=True
-            )
-        except BaseException:  # Ctrl-C: the writing in the background ends, so that what it wrote can be removed
+            store.save(0, arrays, kept, wait=True)
+        except BaseException as error:  # Ctrl-C too: the writing in the background ends, so that it can be removed
             stopped.set()
-            verbosity = logging.get_verbosity()
-            logging.set_verbosity(logging.FATAL)  # Orbax would log what it misses
             with contextlib.suppress(Exception):
                 store.close()
             with contextlib.suppress(CheckpointError):
                 store.delete(0)
-            logging.set_verbosity(verbosity)
+            if (cause := _cause(error)) is not None:
+                raise cause from None
             raise
+        finally:
+            logging.set_verbosity(verbosity)
+
+
+def _cause(error: BaseException | None) -> InteropError | None:
+    """What went wrong with the source, where that is why a checkpoint could not be written."""
+    while error is not None and not isinstance(error, InteropError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _streams(

@@ -372,3 +372,40 @@ def test_a_disk_without_room_is_noticed_first(tmp_path, monkeypatch):
 def test_a_precision_that_is_none(tmp_path):
     with pytest.raises(ConfigError, match="keep, bfloat16, float16, float32, fp8, fp8_ue8m0, not 'int4'"):
         saved(write_folder(tmp_path / "a", small()), tmp_path / "b", precision="int4")
+
+
+def test_numbers_that_a_precision_has_not_are_refused(tmp_path):
+    def large(tensors):
+        tensors[O_PROJ][3, 4] = 1e6
+
+    folder = changed(tmp_path, large)
+    with pytest.raises(InteropError, match=f"{O_PROJ} has values beyond float16's 65,504; write bfloat16 or float32"):
+        saved(folder, tmp_path / "half", precision="float16")
+    saved(folder, tmp_path / "fp8", precision="fp8")
+    assert not (tmp_path / "half").exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_has_no_scale(tmp_path, value):
+    def spoil(tensors):
+        tensors[O_PROJ][3, 4] = value
+
+    with pytest.raises(InteropError, match=f"{O_PROJ} has values that are not finite, which have no scale"):
+        saved(changed(tmp_path, spoil), tmp_path / "fp8", precision="fp8")
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_text_begins_as_the_folder_says(tmp_path, wanted):
+    """DeepSeek's tokenizer.json puts nothing before a text; `add_bos_token` beside it does."""
+    folder = write_folder(tmp_path / "a", small(vocab_size=300))
+    train_tokenizer(["some words"], vocab_size=280).save(folder / "tokenizer.json")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": wanted}))
+    model = ds.load(folder, progress=False)
+    bos, plain = model.tokenizer.bos_id, model.tokenizer.encode("words").tolist()
+    assert model.encode("words") == ([bos, *plain] if wanted else plain)
+
+
+def test_one_prompt_of_token_ids_is_not_several(tmp_path):
+    model = ds.load(write_folder(tmp_path / "a", small()), progress=False)
+    with pytest.raises(ValueError, match=r"this is one of token ids: put it into a list, \[\[1, 2, 3\]\]"):
+        ds.generate(model, [1, 2, 3])

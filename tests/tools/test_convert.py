@@ -227,3 +227,21 @@ def test_a_checkpoint_of_another_architecture_is_refused(tmp_path, capsys, folde
     path.write_text(json.dumps(documents))
     with pytest.raises(ValueError, match=r"of another architecture; entries 2 of another shape: layers.0.ffn.down"):
         CheckpointWeights(tmp_path / "ours")
+
+
+def test_a_source_that_fails_on_the_way_is_one_line_and_leaves_nothing(tmp_path, capsys, folder):
+    """The copies of MTP are compared while they are read, so this is found in the middle."""
+    tensors = read_tensors(folder)
+    copy = "model.layers.4.shared_head.head.weight"
+    tensors[copy] = tensors[copy].copy()
+    tensors[copy].view(np.uint8)[5, 7] ^= 1
+    (folder / "model.safetensors").unlink()
+    write_tensors(folder, tensors)
+    for command in ("to-checkpoint", "to-hf"):
+        code, _, error = run(capsys, command, folder, tmp_path / "x")
+        assert code == 1
+        assert error == (
+            f"error: {folder}: {copy} differs from lm_head.weight; MTP shares it with the main model (section 2.2), "
+            "so both cannot be kept\n"
+        )
+        assert [path.name for path in tmp_path.iterdir()] == ["hf"]

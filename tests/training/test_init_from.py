@@ -10,6 +10,7 @@ from tiny_run import MODEL, SENTENCES, VOCABULARY, checkpoint, experiment, quick
 
 import deepseek_jax as ds
 from deepseek_jax.config import ConfigError, YarnConfig
+from deepseek_jax.config_io import save_config
 from deepseek_jax.data import Jsonl
 from deepseek_jax.data.tokenizer import Tokenizer, train_tokenizer
 from deepseek_jax.interop.architecture import Quantization
@@ -146,7 +147,9 @@ def test_a_resumed_run_goes_on_from_its_own_checkpoint(tmp_path, texts):
 
 def test_weights_of_another_architecture_are_refused(tmp_path, texts):
     folder = folder_of(tmp_path / "hf", dataclasses.replace(MODEL, mtp_depth=0))
-    start = dataclasses.replace(experiment(texts), init_from=f"hf:{folder}")
+    start = experiment(texts)
+    named = dataclasses.replace(start.tokenizer, path=str(folder / "tokenizer.json"))
+    start = dataclasses.replace(start, init_from=f"hf:{folder}", tokenizer=named)
     with (
         quick_runs(),
         pytest.raises(ConfigError, match=r"model.mtp_depth is 0 there and 1 here; start with --init_from"),
@@ -222,3 +225,26 @@ def test_a_damaged_folder_is_an_error_before_anything_is_written(tmp_path, capsy
     assert not (tmp_path / "run").exists()
     assert issubclass(InteropError, ValueError)
     assert Jsonl is not None
+
+
+def test_a_tokenizer_may_be_named_for_a_folder_without_one(tmp_path, texts, capsys):
+    folder = folder_of(tmp_path / "hf", MODEL)
+    (folder / "tokenizer.json").rename(tmp_path / "own.json")
+    named = ["--set", f"tokenizer.path={tmp_path / 'own.json'}", "--print_config"]
+    assert command_line.main(["tiny.pretrain", "--init_from", f"hf:{folder}", *named]) == 0
+    assert "own.json" in capsys.readouterr().out
+
+
+def test_init_from_alone_is_refused(texts):
+    with pytest.raises(ConfigError, match="init_from needs the tokenizer of its weights: start with --init_from"):
+        dataclasses.replace(experiment(texts), init_from="hf:somewhere")
+
+
+def test_a_run_that_died_before_its_first_checkpoint_does_not_begin_with_other_weights(tmp_path, texts):
+    """Resumed by its recipe's name it would begin from the seed."""
+    folder = folder_of(tmp_path / "hf", MODEL)
+    start = starting_from(experiment(texts), f"hf:{folder}")
+    (tmp_path / "run").mkdir()
+    save_config(start, tmp_path / "run" / "config.json")
+    with quick_runs(), pytest.raises(ConfigError, match=r"began from hf:.* and has no checkpoint yet: resume it with"):
+        train(experiment(texts), tmp_path / "run", resume=True)
