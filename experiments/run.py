@@ -296,13 +296,27 @@ def keep_freed_memory() -> None:
     XLA's CPU backend frees and allocates the buffers of every step anew, and glibc gives blocks of that size back to
     the kernel each time. To get them zeroed again, page by page, costs a train step a tenth of its time.
     """
+    # Numbers of malloc.h. One arena, since only the main one can grow without mmap; never mmap; never trim.
+    arena_max, mmap_max, top_pad, trim_threshold = -8, -4, -2, -1
+    _set_malloc({arena_max: 1, mmap_max: 0, top_pad: 64 << 20, trim_threshold: -1})
+
+
+def return_freed_memory() -> None:
+    """Tells glibc to give blocks of a megabyte and more back as soon as they are freed, for what passes a lot through.
+
+    By itself it does so only until such a block is freed for the first time, and then keeps them, in every thread.
+    """
+    mmap_threshold = -3
+    _set_malloc({mmap_threshold: 1 << 20})
+
+
+def _set_malloc(options: dict[int, int]) -> None:
+    """Sets options of glibc's malloc; elsewhere, or where the user tuned it, does nothing."""
     tuned = any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ)
     if tuned or platform.libc_ver()[0] != "glibc":
         return
     mallopt = ctypes.CDLL(None).mallopt
-    # Numbers of malloc.h. One arena, since only the main one can grow without mmap; never mmap; never trim.
-    arena_max, mmap_max, top_pad, trim_threshold = -8, -4, -2, -1
-    for option, value in ((arena_max, 1), (mmap_max, 0), (top_pad, 64 << 20), (trim_threshold, -1)):
+    for option, value in options.items():
         mallopt(option, value)
 
 

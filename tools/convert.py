@@ -39,6 +39,7 @@ from deepseek_jax.interop.weights import WeightSource, pieces, read, source_byte
 from deepseek_jax.paths import local_path, new_folder
 from deepseek_jax.training.checkpoint import CheckpointError
 from deepseek_jax.training.weights import CheckpointWeights, tokenizer_of, write_checkpoint
+from experiments.run import return_freed_memory
 
 CARRIED = "huggingface"
 """The folder beside a converted checkpoint that keeps the other files of the Hugging Face folder."""
@@ -256,5 +257,6 @@ def _ranges(names: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
+    return_freed_memory()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing half-written stays behind
     sys.exit(main(sys.argv[1:]))
