@@ -50,14 +50,38 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 def main(argv: Sequence[str]) -> int:
     """Runs the command line `argv` (without the program's name) and returns the exit code."""
     options = _parser().parse_args(argv)
+    with _interruptible() as interrupted:
+        try:
+            return options.run(options)
+        except (ConfigError, InteropError, CheckpointError, DataError, OSError) as error:
+            if not interrupted:  # or what was at work when it came has said that it failed
+                print(f"error: {error}", file=sys.stderr)
+                return 1
+        except KeyboardInterrupt:
+            pass
+    print("stopped; nothing is left behind", file=sys.stderr)
+    return 130
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM raise `KeyboardInterrupt` in here; gives the signals that came.
+
+    With Python's own handler asyncio would take SIGINT for itself, and end a write in a way that looks like a failure.
+    """
+    came: list[int] = []
+
+    def interrupt(number, frame) -> None:
+        del frame
+        came.append(number)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return options.run(options)
-    except (ConfigError, InteropError, CheckpointError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; nothing is left behind", file=sys.stderr)
-        return 130
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -258,5 +282,4 @@ def _ranges(names: Sequence[str]) -> str:
 
 if __name__ == "__main__":
     return_freed_memory()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing half-written stays behind
     sys.exit(main(sys.argv[1:]))
