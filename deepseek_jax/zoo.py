@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from deepseek_jax.config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
 
@@ -46,18 +47,14 @@ def deepseek_v2(*, long_context: bool = False) -> ModelConfig:
         num_dense_layers=1,
         dense_ffn_size=12_288,
         attention=AttentionConfig(yarn=_v2_yarn() if long_context else None),
-        moe=MoEConfig(
+        moe=_v2_moe(
             num_experts=160,
             num_shared_experts=2,
             experts_per_token=6,
             expert_ffn_size=1536,
             num_groups=8,
             groups_per_token=3,
-            score_function="softmax",
-            group_score="max",
-            normalize_weights=False,
             routed_scale=16.0,
-            use_bias=False,
         ),
         mtp_depth=0,
     )
@@ -75,18 +72,14 @@ def deepseek_v2_lite(*, long_context: bool = False) -> ModelConfig:
         num_dense_layers=1,
         dense_ffn_size=10_944,
         attention=AttentionConfig(num_heads=16, q_lora_rank=None, yarn=_v2_yarn() if long_context else None),
-        moe=MoEConfig(
+        moe=_v2_moe(
             num_experts=64,
             num_shared_experts=2,
             experts_per_token=6,
             expert_ffn_size=1408,
             num_groups=1,
             groups_per_token=1,
-            score_function="softmax",
-            group_score="max",
-            normalize_weights=False,
             routed_scale=1.0,
-            use_bias=False,
         ),
         mtp_depth=0,
     )
@@ -177,6 +170,11 @@ def small() -> ModelConfig:
 def _scaled_init_std(hidden_size: int) -> float:
     """The paper's 0.006 carried over from its width of 7168: std · sqrt(width) stays; see docs/design.md."""
     return round(0.006 * math.sqrt(7168 / hidden_size), 4)
+
+
+def _v2_moe(**sizes: Any) -> MoEConfig:
+    """V2's router: softmax without bias, groups ranked by their best expert, weights not renormalised."""
+    return MoEConfig(score_function="softmax", group_score="max", normalize_weights=False, use_bias=False, **sizes)
 
 
 def _v2_yarn() -> YarnConfig:

@@ -33,7 +33,7 @@ from deepseek_jax.interop.errors import InteropError
 from deepseek_jax.interop.huggingface import HuggingFaceFolder
 from deepseek_jax.interop.progress import ByteProgress
 from deepseek_jax.interop.safetensors import INDEX, TensorInfo
-from deepseek_jax.interop.save import PRECISIONS, check_room, convert, save
+from deepseek_jax.interop.save import PRECISIONS, check_room, convert, put_file, save
 from deepseek_jax.interop.tokenizer_files import tokenizer_files
 from deepseek_jax.interop.weights import WeightSource, pieces, read, source_bytes
 from deepseek_jax.paths import local_path, new_folder
@@ -125,11 +125,11 @@ def _to_checkpoint(options: argparse.Namespace) -> int:
         if others:
             (folder / CARRIED).mkdir()
         for name, content in others.items():
-            _put(folder / CARRIED / name, content)
+            put_file(folder / CARRIED / name, content)
         if "tokenizer.json" in others:
             shutil.copyfile(folder / CARRIED / "tokenizer.json", folder / "tokenizer.json")
     print(f"wrote {options.target}; start from it with --init_from {options.target}")
-    return _check_written(options) if options.verify else 0
+    return _verify(options) if options.verify else 0
 
 
 def _to_hf(options: argparse.Namespace) -> int:
@@ -146,7 +146,7 @@ def _to_hf(options: argparse.Namespace) -> int:
             shard_bytes=int(options.shard_gb * 1e9),
         )
     print(f"wrote {options.target}")
-    return _check_written(options) if options.verify else 0
+    return _verify(options) if options.verify else 0
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -163,10 +163,6 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    return _check_written(options)
-
-
-def _check_written(options: argparse.Namespace) -> int:
     """Compares every tensor of the target with the source's in the target's form, bit for bit."""
     with _open(options.source, options.step) as source, _open(options.target) as target:
         if source.model != target.model:
@@ -230,13 +226,6 @@ def _reach(source: WeightSource) -> int:
     """How many tokens a text may have."""
     yarn = source.model.attention.yarn
     return 4096 if yarn is None else round(yarn.original_length * yarn.factor)
-
-
-def _put(path: Path, content: Path | bytes) -> None:
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        shutil.copyfile(content, path)
 
 
 def _equal(one: np.ndarray | None, other: np.ndarray | None) -> bool:

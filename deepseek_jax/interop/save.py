@@ -76,10 +76,7 @@ def save(
                     writer.write_rows(name, rows.start, array)
                 done.add(array.nbytes)
         for name, content in (files or {}).items():
-            if isinstance(content, bytes):
-                (folder / name).write_bytes(content)
-            else:
-                shutil.copyfile(content, folder / name)
+            put_file(folder / name, content)
         (folder / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
@@ -108,6 +105,14 @@ def convert(
     if not np.isfinite(scales).all():
         raise InteropError(f"{name} has values that are not finite, which have no scale; write bfloat16 or float32")
     return codes, scales
+
+
+def put_file(path: Path, content: Path | bytes) -> None:
+    """Makes a file from its content, or as a copy of another one."""
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        shutil.copyfile(content, path)
 
 
 def check_room(folder: Path, needed: int) -> None:
