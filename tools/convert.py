@@ -39,6 +39,7 @@ from deepseek_jax.interop.weights import WeightSource, pieces, read, source_byte
 from deepseek_jax.paths import local_path, new_folder
 from deepseek_jax.training.checkpoint import CheckpointError
 from deepseek_jax.training.weights import CheckpointWeights, tokenizer_of, write_checkpoint
+from deepseek_jax.wording import first_few
 from experiments.run import return_freed_memory
 
 CARRIED = "huggingface"
@@ -180,8 +181,7 @@ def _verify(options: argparse.Namespace) -> int:
                             differing[name] = None
                         done.add(found.values.nbytes)
     if differing:
-        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
-        raise InteropError(f"{len(differing)} tensors differ: {', '.join(list(differing)[:5])}{more}")
+        raise InteropError(f"{len(differing)} tensors differ: {first_few(differing)}")
     print(f"{options.target} holds what {options.source} holds")
     return 0
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,13 @@ from deepseek_jax.interop.layout import Entry, entries
 from deepseek_jax.interop.safetensors import TensorFolder
 from deepseek_jax.interop.weights import Form
 from deepseek_jax.paths import local_path
+from deepseek_jax.wording import first_few
 
 SCALE_SUFFIX = "_scale_inv"
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 _SCALES = ("float32", "bfloat16", "float8_e8m0fnu")
 _DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")
 """Buffers that some folders hold although they follow from the config."""
-_SHOWN = 5
 
 
 class HuggingFaceFolder:
@@ -136,7 +136,7 @@ class HuggingFaceFolder:
             ("of another shape", shapes),
             ("of an unexpected dtype", dtypes),
         )
-        return [f"{_counted(names)} {what}: {_some(names)}" for what, names in findings if names]
+        return [f"{_counted(names)} {what}: {first_few(names)}" for what, names in findings if names]
 
     def _check_dtypes(self, entry: Entry, names: Sequence[str]) -> list[str]:
         """What is wrong with the dtypes of these tensors, in words."""
@@ -174,9 +174,3 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _counted(names: Sequence[str]) -> str:
     return f"{len(names)} tensor{'s are' if len(names) > 1 else ' is'}"
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -29,9 +29,9 @@ from deepseek_jax.interop.safetensors_format import (
     nbytes_of,
     read_header,
     read_index,
-    some,
     unreadable,
 )
+from deepseek_jax.wording import first_few
 
 __all__ = ["INDEX", "FolderWriter", "TensorFolder", "TensorInfo"]
 
@@ -144,11 +144,13 @@ def _check_against_index(file: Path, tensors: set[str], named: set[str]) -> None
     """Raises unless the `tensors` in `file` are the `named` ones, which the index puts there."""
     if lacking := sorted(named - tensors):
         raise InteropError(
-            f"{file}: lacks {len(lacking)} of the {len(named)} tensors that the index puts there: {some(lacking)}"
+            f"{file}: lacks {len(lacking)} of the {len(named)} tensors that the index puts there: "
+            f"{first_few(map(repr, lacking))}"
         )
     if left_over := sorted(tensors - named):
         raise InteropError(
-            f"{file}: the index does not put {len(left_over)} of its {len(tensors)} tensors there: {some(left_over)}"
+            f"{file}: the index does not put {len(left_over)} of its {len(tensors)} tensors there: "
+            f"{first_few(map(repr, left_over))}"
         )
 
 
@@ -228,7 +230,8 @@ class FolderWriter:
         missing = [name for name in self._tensors if name not in self._written]
         if missing:
             raise InteropError(
-                f"{self._folder}: {len(missing)} of {len(self._tensors)} tensors were never written: {some(missing)}"
+                f"{self._folder}: {len(missing)} of {len(self._tensors)} tensors were never written: "
+                f"{first_few(map(repr, missing))}"
             )
         if len(self._shards) > 1:
             total = sum(shard.nbytes for shard in self._shards)

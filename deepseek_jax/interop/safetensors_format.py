@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from deepseek_jax.interop.errors import InteropError
+from deepseek_jax.wording import first_few
 
 INDEX = "model.safetensors.index.json"
 """The file that says which shard holds which tensor."""
@@ -56,7 +57,6 @@ _SUB_BYTE = ("F4", "F6_E2M3", "F6_E3M2")
 
 _MAX_HEADER = 100_000_000  # bytes; the package refuses longer ones too
 _MAX_DIMENSIONS = 32  # of an array in numpy 1
-_SHOWN = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +128,7 @@ def read_index(folder: Path) -> dict[str, list[str]] | None:
         held = sum(len(files[file]) for file in missing)
         raise InteropError(
             f"{folder}: {len(missing)} of {len(files)} files of the index are missing, with {held} of "
-            f"{len(weight_map)} tensors: {some(missing)}; fetch the rest"
+            f"{len(weight_map)} tensors: {first_few(map(repr, missing))}; fetch the rest"
         )
     return files
 
@@ -248,9 +248,3 @@ def _are_sizes(value: Any) -> TypeGuard[list[int]]:
 def unreadable(path: Path, error: OSError) -> InteropError:
     """What is said of a file or folder that the system does not give."""
     return InteropError(f"{path}: cannot be read ({error.strerror or error})")
-
-
-def some(names: list[str]) -> str:
-    """The first few names, and how many follow."""
-    rest = len(names) - _SHOWN
-    return ", ".join(repr(name) for name in names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

@@ -33,10 +33,10 @@ from deepseek_jax.training.checkpoint_checks import (
     CheckpointError,
     check_compatible,
     check_entries,
-    describe,
     first_line,
 )
 from deepseek_jax.training.checkpoint_orbax import Index, StreamedArray, array_handler, open_array, save_args
+from deepseek_jax.wording import first_few
 
 __all__ = ["CheckpointError", "CheckpointStore", "check_compatible", "check_entries"]
 
@@ -349,7 +349,7 @@ class CheckpointStore:
             raise CheckpointError(f"no checkpoint to restore in {self.directory}: {self._state_of_directory()}")
         if step not in steps:
             raise CheckpointError(
-                f"no checkpoint of step {step} in {self.directory}; there are steps {describe(steps)}"
+                f"no checkpoint of step {step} in {self.directory}; there are steps {first_few(steps)}"
             )
 
     def _state_of_directory(self) -> str:
@@ -366,7 +366,7 @@ class CheckpointStore:
 
     def _unreadable(self, step: int, error: Exception) -> CheckpointError:
         others = [other for other in self._complete() if other != step]
-        advice = f"other steps there: {describe(others)}" if others else "there is no other step"
+        advice = f"other steps there: {first_few(others)}" if others else "there is no other step"
         return CheckpointError(
             f"checkpoint {step} in {self.directory} is damaged or unreadable: {first_line(error)}; {advice}"
         )

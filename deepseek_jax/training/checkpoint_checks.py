@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_SHOWN = 5
+from deepseek_jax.wording import first_few
 
 
 class CheckpointError(ValueError):
@@ -44,7 +44,7 @@ def check_entries(
     ]
     other = "of another shape or dtype" if dtypes else "of another shape"
     findings = (("missing", missing), ("left over", left_over), (other, differing))
-    complaints = [f"{len(names)} {what}: {describe(names)}" for what, names in findings if names]
+    complaints = [f"{len(names)} {what}: {first_few(names)}" for what, names in findings if names]
     if complaints:
         raise CheckpointError(f"{source} is of another architecture; entries " + "; entries ".join(complaints))
 
@@ -76,14 +76,7 @@ def check_compatible(
     if differing:
         tokenizer = any("tokenizer" in line.split(" is ")[0] for line in differing)
         kind = "was made with another tokenizer" if tokenizer else "does not fit this run"
-        raise CheckpointError(f"{source} {kind}: {describe(differing, separator='; ')}")
-
-
-def describe(names: Iterable[Any], *, separator: str = ", ") -> str:
-    """The first few of `names`, and how many more there are."""
-    names = list(names)
-    more = len(names) - _SHOWN
-    return separator.join(map(str, names[:_SHOWN])) + (f" and {more} more" if more > 0 else "")
+        raise CheckpointError(f"{source} {kind}: {first_few(differing, separator='; ')}")
 
 
 def first_line(error: BaseException) -> str:

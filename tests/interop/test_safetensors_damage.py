@@ -74,12 +74,13 @@ def test_an_index_that_cannot_be_read_is_refused(tmp_path):
 
 
 def test_missing_shards_are_named_and_their_tensors_counted(tmp_path):
-    write(tmp_path, {f"t{i}": np.zeros(4) for i in range(12)}, shard_bytes=64)
-    for number in (1, 2, 3, 5, 6):
-        (tmp_path / f"model-0000{number}-of-00006.safetensors").unlink()
+    write(tmp_path, {f"t{i}": np.zeros(4) for i in range(16)}, shard_bytes=64)
+    gone = [f"model-0000{number}-of-00008.safetensors" for number in (1, 2, 3, 5, 6, 7, 8)]
+    for name in gone:
+        (tmp_path / name).unlink()
     assert refused(tmp_path) == (
-        "DIR: 5 of 6 files of the index are missing, with 10 of 12 tensors: 'model-00001-of-00006.safetensors', "
-        "'model-00002-of-00006.safetensors', 'model-00003-of-00006.safetensors' and 2 more; fetch the rest"
+        "DIR: 7 of 8 files of the index are missing, with 14 of 16 tensors: "
+        f"{', '.join(map(repr, gone[:5]))} and 2 more; fetch the rest"
     )
 
 
