@@ -10,9 +10,10 @@ import ml_dtypes
 import numpy as np
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.interop.architecture import Quantization, write_architecture, write_quantization
+from deepseek_jax.interop.architecture import write_architecture
 from deepseek_jax.interop.fp8 import E4M3, quantise
 from deepseek_jax.interop.layout import Entry, entries
+from deepseek_jax.interop.quantization import Quantization, write_quantization
 from deepseek_jax.interop.safetensors import FolderWriter, TensorFolder
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

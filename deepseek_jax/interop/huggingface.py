@@ -21,10 +21,11 @@ import numpy as np
 from absl import logging
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.interop.architecture import Quantization, read_architecture, read_quantization, rope_interleaved
+from deepseek_jax.interop.architecture import read_architecture, rope_interleaved
 from deepseek_jax.interop.errors import InteropError
 from deepseek_jax.interop.fp8 import BLOCK, E4M3, scale_shape
 from deepseek_jax.interop.layout import Entry, entries
+from deepseek_jax.interop.quantization import Quantization, read_quantization
 from deepseek_jax.interop.safetensors import TensorFolder
 from deepseek_jax.interop.weights import Form
 from deepseek_jax.paths import local_path

@@ -12,13 +12,14 @@ import ml_dtypes
 import numpy as np
 
 from deepseek_jax.config import ConfigError
-from deepseek_jax.interop.architecture import Quantization, rope_interleaved, write_architecture, write_quantization
+from deepseek_jax.interop.architecture import rope_interleaved, write_architecture
 from deepseek_jax.interop.errors import InteropError
 from deepseek_jax.interop.fp8 import BLOCK, E4M3, quantise, scale_shape
 from deepseek_jax.interop.host import one_ahead
 from deepseek_jax.interop.huggingface import SCALE_SUFFIX
 from deepseek_jax.interop.layout import Entry
 from deepseek_jax.interop.progress import ByteProgress
+from deepseek_jax.interop.quantization import Quantization, write_quantization
 from deepseek_jax.interop.safetensors import FolderWriter
 from deepseek_jax.interop.weights import Form, Tensor, WeightSource, pieces, read
 from deepseek_jax.paths import new_folder

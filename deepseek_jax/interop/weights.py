@@ -8,9 +8,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.interop.architecture import Quantization
 from deepseek_jax.interop.fp8 import BLOCK, E4M3, dequantise
 from deepseek_jax.interop.layout import Entry
+from deepseek_jax.interop.quantization import Quantization
 
 _PIECE_BYTES = 1 << 28
 

@@ -17,11 +17,12 @@ from absl import logging
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.config_io import from_dict, to_dict
-from deepseek_jax.interop.architecture import Quantization, read_quantization, rope_interleaved
+from deepseek_jax.interop.architecture import rope_interleaved
 from deepseek_jax.interop.errors import InteropError
 from deepseek_jax.interop.host import contiguous, one_ahead
 from deepseek_jax.interop.layout import Entry, entries
 from deepseek_jax.interop.progress import ByteProgress
+from deepseek_jax.interop.quantization import Quantization, read_quantization
 from deepseek_jax.interop.weights import Form, WeightSource, pieces, rows_at_once, source_bytes
 from deepseek_jax.paths import local_path
 from deepseek_jax.training.canonical import OPTIMIZER

@@ -13,15 +13,9 @@ from hypothesis import given
 
 from deepseek_jax import zoo
 from deepseek_jax.config import AttentionConfig, ModelConfig, MoEConfig, YarnConfig
-from deepseek_jax.interop.architecture import (
-    Quantization,
-    read_architecture,
-    read_quantization,
-    rope_interleaved,
-    write_architecture,
-    write_quantization,
-)
+from deepseek_jax.interop.architecture import read_architecture, rope_interleaved, write_architecture
 from deepseek_jax.interop.errors import InteropError
+from deepseek_jax.interop.quantization import Quantization, read_quantization, write_quantization
 from deepseek_jax.model.rope import rope_frequencies, rope_tables, softmax_scale
 
 COMMON = {

@@ -15,10 +15,10 @@ from small_model import small
 import deepseek_jax as ds
 from deepseek_jax.config import ConfigError
 from deepseek_jax.data.tokenizer import train_tokenizer
-from deepseek_jax.interop.architecture import Quantization
 from deepseek_jax.interop.errors import InteropError
 from deepseek_jax.interop.fp8 import dequantise
 from deepseek_jax.interop.huggingface import HuggingFaceFolder
+from deepseek_jax.interop.quantization import Quantization
 from deepseek_jax.interop.save import save
 
 ODD = small(
@@ -172,7 +172,7 @@ def test_buffers_that_follow_from_the_config_are_passed_over(tmp_path):
     folder = write_folder(tmp_path / "a", small(mtp_depth=0))
     (folder / "model.safetensors").unlink()
     write_tensors(folder, tensors)
-    ds.load(folder, progress=False)
+    assert ds.load(folder, progress=False).config.mtp_depth == 0
 
 
 # --- refused --------------------------------------------------------------------------------------------------------
@@ -332,7 +332,7 @@ def test_code_in_a_folder_is_never_run(tmp_path):
     folder = write_folder(tmp_path / "a", small(), config={"auto_map": {"AutoConfig": "evil.Config"}})
     (folder / "evil.py").write_text("raise SystemExit('run')\n")
     (folder / "__init__.py").write_text("raise SystemExit('run')\n")
-    ds.load(folder, progress=False)
+    assert ds.load(folder, progress=False).config.hidden_size == small().hidden_size
 
 
 # --- whole or not at all --------------------------------------------------------------------------------------------

@@ -18,9 +18,9 @@ from small_model import small
 
 import deepseek_jax as ds
 from deepseek_jax.config import ConfigError
-from deepseek_jax.interop.architecture import Quantization
 from deepseek_jax.interop.huggingface import HuggingFaceFolder
 from deepseek_jax.interop.load import load_state
+from deepseek_jax.interop.quantization import Quantization
 from deepseek_jax.model.parameters import RouterBias, parameter_specs
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.mesh import mesh_of

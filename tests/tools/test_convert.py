@@ -14,8 +14,8 @@ from small_model import small
 import deepseek_jax as ds
 from deepseek_jax.data.tokenizer import train_tokenizer
 from deepseek_jax.interop import weights
-from deepseek_jax.interop.architecture import Quantization
 from deepseek_jax.interop.huggingface import HuggingFaceFolder
+from deepseek_jax.interop.quantization import Quantization
 from deepseek_jax.interop.safetensors import TensorFolder
 from deepseek_jax.training.checkpoint import CheckpointStore
 from deepseek_jax.training.weights import CheckpointWeights

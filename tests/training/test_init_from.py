@@ -13,9 +13,9 @@ from deepseek_jax.config import ConfigError, YarnConfig
 from deepseek_jax.config_io import save_config
 from deepseek_jax.data import Jsonl
 from deepseek_jax.data.tokenizer import Tokenizer, train_tokenizer
-from deepseek_jax.interop.architecture import Quantization
 from deepseek_jax.interop.errors import InteropError
 from deepseek_jax.interop.layout import entries
+from deepseek_jax.interop.quantization import Quantization
 from deepseek_jax.training.init_from import first_state, starting_from
 from deepseek_jax.training.loop import make_trainer
 from experiments import run as command_line

@@ -28,9 +28,10 @@ from absl import app, flags
 
 from deepseek_jax import zoo
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.interop.architecture import Quantization, write_architecture, write_quantization
+from deepseek_jax.interop.architecture import write_architecture
 from deepseek_jax.interop.fp8 import BLOCK, E4M3, scale_shape
 from deepseek_jax.interop.layout import Entry, entries
+from deepseek_jax.interop.quantization import Quantization, write_quantization
 from deepseek_jax.interop.safetensors import FolderWriter
 from tools.bench.common import machine
 
