@@ -6,6 +6,7 @@ import dataclasses
 
 from deepseek_jax import zoo
 from deepseek_jax.data import DataConfig, TokenizerConfig
+from deepseek_jax.parallel.mesh import ParallelConfig
 from deepseek_jax.precision.policy import FLOAT32
 from deepseek_jax.training.experiment import CheckpointConfig, EvaluationConfig, Experiment, LoggingConfig
 from deepseek_jax.training.optimizer import OptimizerConfig
@@ -32,6 +33,11 @@ def pretrain() -> Experiment:
         checkpoint=CheckpointConfig(every_steps=100, keep_last=2),
         logging=LoggingConfig(every_steps=10),
     )
+
+
+def pretrain_sharded() -> Experiment:
+    """The quickstart on eight devices: two replicas of experts that are spread over two nodes of two devices each."""
+    return dataclasses.replace(pretrain(), parallel=ParallelConfig(data=2, node=2, expert=2))
 
 
 def pretrain_without_bias() -> Experiment:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -65,10 +66,13 @@ def gradient_descent(specs) -> optax.GradientTransformation:
     return optax.identity()
 
 
-def trainer(config: ModelConfig, *, optimizer=gradient_descent, devices=None, **step) -> Trainer:
-    """A trainer on data-parallel `devices` (default: the first one)."""
-    devices = jax.devices()[:1] if devices is None else devices
-    mesh = make_mesh(ParallelConfig(data=len(devices)), devices)
+def trainer(
+    config: ModelConfig, *, optimizer=gradient_descent, devices=None, parallel: ParallelConfig | None = None, **step
+) -> Trainer:
+    """A trainer on data-parallel `devices` (default: the first one), or laid out as `parallel` says."""
+    if parallel is None:
+        parallel = ParallelConfig(data=1 if devices is None else len(devices))
+    mesh = make_mesh(parallel, jax.devices()[: math.prod(parallel.shape)] if devices is None else devices)
     return Trainer(Transformer(config), place(config), mesh, optimizer, StepConfig(**step))
 
 
@@ -115,8 +119,15 @@ def _step(trainer: Trainer, shape, dtype):
     return lowered.compile(compiler_options=QUICK)
 
 
+def quickly(trainer: Trainer) -> Trainer:
+    """The same trainer, whose steps are compiled with the options above."""
+    trainer._step = jax.jit(trainer._sharded_step, donate_argnums=0, static_argnums=3, compiler_options=QUICK)
+    trainer._evaluate = jax.jit(trainer._sharded_evaluate, static_argnums=2, compiler_options=QUICK)
+    return trainer
+
+
 def run_step(trainer: Trainer, state, batch: Microbatch, hyper: Hyperparameters):
-    """`trainer.step`, compiled with the options above."""
+    """`trainer.step` of the first setting, compiled with the options above."""
     placed = jax.device_put(batch, NamedSharding(trainer.mesh, BATCH_SPEC))
     hyper = jax.device_put(hyper, NamedSharding(trainer.mesh, P()))
     return _step(trainer, batch.tokens.shape, hyper.learning_rate.dtype)(state, placed, hyper)

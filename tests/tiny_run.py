@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
-from small_model import QUICK, initial_state
+from small_model import initial_state, quickly
 
 from deepseek_jax.config import AttentionConfig, ModelConfig, MoEConfig
 from deepseek_jax.data import DataConfig, TextFiles, TokenizerConfig
@@ -124,10 +123,7 @@ def _shared_trainer(run: Experiment) -> Trainer:
 
 @functools.cache
 def _cached_trainer(run: Experiment) -> Trainer:
-    trainer = _make_trainer(run)
-    trainer._step = jax.jit(trainer._sharded_step, donate_argnums=0, compiler_options=QUICK)
-    trainer._evaluate = jax.jit(trainer._sharded_evaluate, compiler_options=QUICK)
-    return trainer
+    return quickly(_make_trainer(run))
 
 
 def train(run: Experiment, workdir: Path, **options: Any) -> tuple[loop.RunResult, str]:

@@ -88,12 +88,10 @@ class _Run:
         return last if last.get("heldout_bits_per_byte") == final else None
 
     @property
-    def layers(self) -> list[str]:
-        """Names of the rows of `load` and `max_vio`: MoE layers, counted with the dense ones, then MTP modules."""
-        match (self.config or {}).get("model"):
-            case {"num_dense_layers": int(dense), "num_layers": int(layers), "mtp_depth": int(depth)}:
-                return [f"layer {i + 1}" for i in range(dense, layers)] + [f"MTP {i + 1}" for i in range(depth)]
-        return []
+    def forced_balance(self) -> bool:
+        """Whether tokens were dealt out to experts evenly, and not routed, in the run or in any logged step of it."""
+        forced = (self.config or {}).get("force_balanced_routing") is True
+        return forced or any(record.get("forced_balance") is True for record in self.train)
 
     def compressor(self, name: str) -> dict[str, float]:
         """The sizes of `gzip` or `xz` that were recorded."""
@@ -124,6 +122,17 @@ class _Run:
         if len(records) < len(lines):
             self.notes.append(f"{len(lines) - len(records)} broken lines of {name} are left out")
         return records
+
+
+def layer_names(config: Mapping[str, Any] | None) -> list[str]:
+    """Names of the rows of `load` and the like: MoE layers, counted with the dense ones, then MTP modules.
+
+    `config` is the saved config of the run; there are no names where it does not tell.
+    """
+    match (config or {}).get("model"):
+        case {"num_dense_layers": int(dense), "num_layers": int(layers), "mtp_depth": int(depth)}:
+            return [f"layer {i + 1}" for i in range(dense, layers)] + [f"MTP {i + 1}" for i in range(depth)]
+    return []
 
 
 def _record(line: str) -> dict[str, Any] | None:
@@ -166,6 +175,8 @@ th { font-weight: 600; white-space: nowrap; } td { overflow-wrap: anywhere; font
 details { border: 1px solid var(--line); border-radius: 8px; } summary { cursor: pointer; padding: 0.6rem 0.9rem; }
 details pre { border-top: 1px solid var(--line); }
 .note { background: #fff9db; border-radius: 8px; padding: 0.5rem 0.9rem; }
+.alarm { background: #c92a2a; color: #fff; border-radius: 8px; padding: 0.8rem 1.1rem; max-width: none;
+         font-weight: 600; print-color-adjust: exact; }
 @media print { body { padding: 0; font-size: 12px; } figure, .sample, .tiles { break-inside: avoid; }
                h2 { break-after: avoid; } }
 """
@@ -175,7 +186,8 @@ def _page(run: _Run) -> str:
     sections = (_headline, _losses, _training, _experts, _samples, _machine, _config)
     with plots.styled():
         body = "\n".join(section(run) for section in sections)
-    notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in run.notes)
+    notes = _FORCED_BALANCE if run.forced_balance else ""
+    notes += "".join(f'<p class="note">{html.escape(note)}</p>' for note in run.notes)
     title = html.escape(run.title)
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -183,6 +195,13 @@ def _page(run: _Run) -> str:
         f"<style>{_STYLE}</style>\n</head>\n<body>\n<header><h1>{title}</h1>\n"
         f'<span class="soft">a DeepSeek-V3 trained with deepseek_jax</span></header>\n{notes}{body}\n</body>\n</html>\n'
     )
+
+
+_FORCED_BALANCE = (
+    '<p class="alarm" role="alert">FORCED BALANCE (force_balanced_routing): tokens were dealt out evenly to the '
+    "experts, whatever the router chose. This run measures speed and memory. Its losses, its loads and its weights are "
+    "not those of a trained model.</p>"
+)
 
 
 def _headline(run: _Run) -> str:
@@ -254,17 +273,30 @@ def _training(run: _Run) -> str:
 
 
 def _experts(run: _Run) -> str:
-    heat, violation = plots.load_heat_maps(run.train, run.layers), plots.max_violation(run.train, run.layers)
+    names = layer_names(run.config)
+    heat, violation = plots.load_heat_maps(run.train, names), plots.max_violation(run.train, names)
     parts = ["<h2>Expert load</h2>"]
     if heat is None:
         parts.append(_missing("expert loads"))
     else:
         caption = "Tokens sent to each expert, in units of the balanced load: white is balanced, red busy, blue idle."
-        if run.layers:
+        if names:
             caption += " Layers are counted from 1, dense ones included; MTP: the module's own experts."
         parts.append(_picture(heat, "heat maps of each expert's load over training tokens", caption, pixels=True))
     alt = "MaxVio of each layer over training tokens"
     parts.append(_missing("MaxVio") if violation is None else _picture(violation, alt, "0 is perfect balance."))
+    # Runs of older versions, and of one device, have none of these: nothing is missing there.
+    if (evenness := plots.load_evenness(run.train, names)) is not None:
+        alt = "entropy of the load and dead experts of each layer over training tokens"
+        caption = "Colours as above. Entropy is 1 where all experts get the same load, 0 where one gets all of it. "
+        parts.append(_picture(evenness, alt, caption + "A dead expert got no token in the whole batch."))
+    if (devices := plots.device_heat_maps(run.train, names)) is not None:
+        alt = "heat maps of each device's load, over training tokens and by layer"
+        caption = (
+            "Tokens that the experts of each device computed, in units of the balanced load; a step waits for the "
+            "busiest device. Left: all layers together. Right: each layer in the last logged step."
+        )
+        parts.append(_picture(devices, alt, caption, pixels=True))
     return "\n".join(parts)
 
 

@@ -146,7 +146,7 @@ def load_heat_maps(train: Records, names: Sequence[str] = ()) -> Figure | None:
     shapes = {np.shape(row["load"]) for row in rows}
     if len(shapes) != 1:
         return None
-    tokens = np.asarray([row.get("tokens", row.get("step", 0)) for row in rows], np.float64)
+    tokens = _tokens(rows)
     loads = np.asarray([row["load"] for row in rows], np.float64)  # [time, layer, expert]
     _, layers, experts = loads.shape
     loads, edges = _binned(loads * experts, tokens)
@@ -179,30 +179,72 @@ def load_heat_maps(train: Records, names: Sequence[str] = ()) -> Figure | None:
 
 def max_violation(train: Records, names: Sequence[str] = ()) -> Figure | None:
     """MaxVio of each layer with experts over time: how far the busiest expert is above the balanced load."""
-    rows = [r for r in train if r.get("max_vio")]
-    widths = {len(row["max_vio"]) for row in rows}
-    if len(widths) != 1:
+    rows = _per_layer(train, "max_vio")
+    if rows is None:
         return None
-    (layers,) = widths
-    names = _layer_names(names, layers)
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     axes = figure.subplots()
-    flat = [
-        {"tokens": r.get("tokens", r.get("step", 0)), **{str(i): v for i, v in enumerate(r["max_vio"])}} for r in rows
-    ]
-    for layer in range(layers):
-        colour = LAYERS(0.9 * layer / max(layers - 1, 1))
-        axes.plot(*column(flat, str(layer)), color=colour, linewidth=1.4, label=names[layer])
-    axes.set_ylim(bottom=0)
     axes.set_title("MaxVio = busiest expert's load ÷ balanced load − 1")
-    _token_axis(axes)
-    if layers <= 12:
-        _legend(axes, ncols=2 if layers > 4 else 1)
-    else:
-        scale = matplotlib.cm.ScalarMappable(Normalize(1, layers / 0.9), LAYERS)
-        bar = figure.colorbar(scale, ax=axes, boundaries=np.arange(0.5, layers + 1), pad=0.01)
-        ticks = np.unique(np.linspace(1, layers, 6).round().astype(int)).tolist()
-        bar.set_ticks(ticks, labels=[names[tick - 1] for tick in ticks])
+    _layer_lines(axes, rows, names)
+    axes.set_ylim(bottom=0)
+    return figure
+
+
+def load_evenness(train: Records, names: Sequence[str] = ()) -> Figure | None:
+    """Entropy of the load and dead experts of each layer over time; None where neither was recorded."""
+    readings = {
+        "Entropy of the load, 1 = even": _per_layer(train, "load_entropy"),
+        "Dead experts": _per_layer(train, "dead_experts"),
+    }
+    if all(rows is None for rows in readings.values()):
+        return None
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    for axes, (title, rows) in zip(figure.subplots(1, 2), readings.items(), strict=True):
+        axes.set_title(title)
+        if rows is None:
+            _not_recorded(axes)
+            continue
+        _layer_lines(axes, rows, names)
+        if title == "Dead experts":
+            axes.set_ylim(0, max(1, axes.get_ylim()[1]))
+            axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    return figure
+
+
+def device_heat_maps(train: Records, names: Sequence[str] = ()) -> Figure | None:
+    """Load of each device over time, all layers together, and by layer in the last logged step; 1 is balanced.
+
+    A run that went on with another number of devices shows the steps with the last one. None without loads of devices,
+    or with those of one device.
+    """
+    rows = [r for r in train if r.get("device_load") and _rectangular(r["device_load"])]
+    if not rows:
+        return None
+    shape = np.shape(rows[-1]["device_load"])
+    layers, devices = shape
+    if devices < 2:
+        return None
+    rows = [row for row in rows if np.shape(row["device_load"]) == shape]
+    loads = np.asarray([row["device_load"] for row in rows], np.float64) * devices  # [time, layer, device]
+    over_time, edges = _binned(loads.mean(axis=1, keepdims=True), _tokens(rows))
+    spread = max(0.1, float(np.abs(loads[-1] - 1).max()), float(np.abs(over_time - 1).max()))
+    scale = TwoSlopeNorm(1, max(0.0, 1 - spread), 1 + spread)
+    figure = Figure(figsize=(11, min(6.0, max(2.8, 1.2 + 0.24 * max(layers, devices)))), layout="constrained")
+    panels = figure.subplots(1, 2)
+    marks = np.arange(max(layers, devices) + 1) - 0.5
+    panels[0].pcolormesh(edges, marks[: devices + 1], over_time[:, 0].T, cmap=LOADS, norm=scale)
+    panels[0].set(title="All layers, over time", ylabel="device", ylim=(devices - 0.5, -0.5))
+    _token_axis(panels[0])
+    image = panels[1].pcolormesh(marks[: devices + 1], marks[: layers + 1], loads[-1], cmap=LOADS, norm=scale)
+    panels[1].set(title="By layer, last logged step", xlabel="device", ylim=(layers - 0.5, -0.5))
+    shown = np.unique(np.linspace(0, layers - 1, min(layers, 16)).round().astype(int))
+    panels[1].set_yticks(shown, [_layer_names(names, layers)[layer] for layer in shown])
+    for axis in (panels[0].yaxis, panels[1].xaxis):
+        axis.set_major_locator(MaxNLocator(8, integer=True))
+    for axes in panels:
+        axes.grid(False)
+    bar = figure.colorbar(image, ax=panels, aspect=25, pad=0.01, label="load ÷ balanced load")
+    bar.outline.set_visible(False)
     return figure
 
 
@@ -227,6 +269,34 @@ def _smoothed(axes, tokens: np.ndarray, values: np.ndarray, colour: str, label: 
     kernel = np.ones(window)
     mean = np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
     axes.plot(tokens, mean, color=colour, linewidth=width, label=label)
+
+
+def _per_layer(train: Records, name: str) -> Records | None:
+    """The records with the metric `name`, tokens and a number by each layer's index; None unless all have as many."""
+    rows = [r for r in train if r.get(name)]
+    if len({len(row[name]) for row in rows}) != 1:
+        return None
+    return [
+        {"tokens": tokens, **{str(i): v for i, v in enumerate(row[name])}}
+        for tokens, row in zip(_tokens(rows).tolist(), rows, strict=True)
+    ]
+
+
+def _layer_lines(axes, rows: Records, names: Sequence[str]) -> None:
+    """One line for each layer of what `_per_layer` gives, with a legend, or a colour bar where they are many."""
+    layers = len(rows[0]) - 1
+    names = _layer_names(names, layers)
+    for layer in range(layers):
+        colour = LAYERS(0.9 * layer / max(layers - 1, 1))
+        axes.plot(*column(rows, str(layer)), color=colour, linewidth=1.4, label=names[layer])
+    _token_axis(axes)
+    if layers <= 12:
+        _legend(axes, ncols=2 if layers > 4 else 1)
+    else:
+        scale = matplotlib.cm.ScalarMappable(Normalize(1, layers / 0.9), LAYERS)
+        bar = axes.figure.colorbar(scale, ax=axes, boundaries=np.arange(0.5, layers + 1), pad=0.01)
+        ticks = np.unique(np.linspace(1, layers, 6).round().astype(int)).tolist()
+        bar.set_ticks(ticks, labels=[names[tick - 1] for tick in ticks])
 
 
 def _panel(axes, train: Records, name: str, title: str, *, zero=False, log=False, scale=1.0) -> None:
@@ -280,6 +350,11 @@ def _binned(loads: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarr
     middles = (tokens[starts[1:] - 1] + tokens[starts[1:]]) / 2
     last = tokens[-1] if tokens[-1] > tokens[0] else tokens[0] + 1  # one record has a width too
     return means, np.array([tokens[0], *middles, last])
+
+
+def _tokens(rows: Records) -> np.ndarray:
+    """The tokens at each record, or its step where it has none."""
+    return np.asarray([row.get("tokens", row.get("step", 0)) for row in rows], np.float64)
 
 
 def _layer_names(names: Sequence[str], layers: int) -> Sequence[str]:

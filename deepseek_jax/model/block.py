@@ -1,6 +1,6 @@
 """One decoder layer, and the layer protocol: `layer(params, x, ctx) -> (x, aux, stats)`.
 
-`aux` is the layer's balance loss (its cotangent is a constant), `stats` its expert loads (no gradient). A dense layer
+`aux` is the layer's balance loss (its cotangent is a constant), `stats` what it counts (no gradient). A dense layer
 returns zero and an empty load. The pipeline, rematerialisation, checkpoints and the planner all work on this unit.
 """
 
@@ -16,6 +16,7 @@ from deepseek_jax.model.attention import LatentAttention
 from deepseek_jax.model.context import LayerContext
 from deepseek_jax.model.layers import RMSNorm, SwiGLU, at_least_float32
 from deepseek_jax.model.moe import MoE, MoEOutput
+from deepseek_jax.parallel.pipeline.protocol import LayerStats
 
 SAVED_ACTIVATIONS = (
     "query",
@@ -27,11 +28,13 @@ SAVED_ACTIVATIONS = (
     "router_logits",
     "routing",
     "dispatch_plan",
+    "dispatched_rows",
     "gate_up",
     "cross_entropy_gradients",
 )
 """What a layer keeps for its backward pass under selective recomputation: all but norms, MLA's up-projections, SwiGLU
-and the dispatched rows, which are computed again (section 3.2.3). Names are those given to `checkpoint_name`."""
+(section 3.2.3) and the grouped rows, which are computed again; rows that came from other devices are kept. Names are
+those given to `checkpoint_name`."""
 
 
 class Block(nnx.Module):
@@ -46,16 +49,16 @@ class Block(nnx.Module):
         else:
             self.ffn = MoE(config)
 
-    def __call__(self, x: jax.Array, ctx: LayerContext) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x `[B, S, D]` -> (x, balance loss scalar, load int32 `[E]` or `[0]`)."""
+    def __call__(self, x: jax.Array, ctx: LayerContext) -> tuple[jax.Array, jax.Array, LayerStats]:
+        """x `[B, S, D]` -> (x, balance loss scalar, stats)."""
         with jax.named_scope("attention"):
             x = checkpoint_name(x + self.attention(self.attention_norm(x), ctx), "attention_residual")
         with jax.named_scope("ffn"):
             return self.feed_forward(x, ctx)
 
-    def feed_forward(self, x: jax.Array, ctx: LayerContext) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def feed_forward(self, x: jax.Array, ctx: LayerContext) -> tuple[jax.Array, jax.Array, LayerStats]:
         """The second half of the layer, shared by training and decoding."""
         y = self.ffn(self.ffn_norm(x), ctx) if isinstance(self.ffn, MoE) else self.ffn(self.ffn_norm(x))
         if isinstance(y, MoEOutput):
-            return x + y.y, y.balance_loss, y.load
-        return x + y, jnp.zeros((), at_least_float32(x.dtype)), jnp.zeros((0,), jnp.int32)
+            return x + y.y, y.balance_loss, y.stats
+        return x + y, jnp.zeros((), at_least_float32(x.dtype)), LayerStats.none()

@@ -23,6 +23,8 @@ class LayerContext:
     segment_ids: jax.Array | None = None
     """int32 `[B, S]`; when given, attention stays within equal segments."""
     valid: jax.Array | None = None
-    """bool `[B, S]`; False marks padding, which counts in no load and no balance loss."""
+    """bool `[B, S]`; False marks padding, which goes to no routed expert and counts in no balance loss."""
     balance_from_routed: bool = dataclasses.field(default=False, metadata={"static": True})
     """Take the balance loss's fractions from the routed experts, not from the top-K of the raw scores."""
+    force_balance: bool = dataclasses.field(default=False, metadata={"static": True})
+    """Choose experts in turn, whatever the scores say: for benchmarks."""

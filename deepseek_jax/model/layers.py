@@ -47,22 +47,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """`[...]` int32 -> `[..., D]`."""
-        return _lookup(self.weight[...], tokens)
-
-
-@jax.custom_vjp
-def _lookup(weight: jax.Array, tokens: jax.Array) -> jax.Array:
-    return jnp.take(weight, tokens, axis=0, mode="clip")
-
-
-def _lookup_backward(residuals, gradient):
-    """Sums over the occurrences of a token in float32: in bfloat16 the sum of a frequent one stops growing at 256."""
-    weight, tokens = residuals
-    total = jnp.zeros_like(weight, dtype=at_least_float32(weight.dtype))
-    return total.at[tokens].add(gradient.astype(total.dtype), mode="clip").astype(weight.dtype), None
-
-
-_lookup.defvjp(lambda weight, tokens: (_lookup(weight, tokens), (weight, tokens)), _lookup_backward)
+        return ops.lookup(self.weight[...], tokens)
 
 
 def swiglu(gate_up: jax.Array) -> jax.Array:

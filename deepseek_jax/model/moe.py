@@ -16,13 +16,15 @@ from deepseek_jax.model.layers import SwiGLU, at_least_float32, swiglu
 from deepseek_jax.model.parameters import RouterBias, parameter
 from deepseek_jax.model.router import (
     Routing,
+    balanced_experts,
     combine_weights,
     expert_load,
     router_scores,
     select_experts,
     sequence_balance_loss,
 )
-from deepseek_jax.parallel.dispatch import Dispatched
+from deepseek_jax.parallel.dispatch import NO_EXPERT, Dispatched
+from deepseek_jax.parallel.pipeline.protocol import LayerStats
 
 
 class MoEOutput(NamedTuple):
@@ -32,8 +34,8 @@ class MoEOutput(NamedTuple):
     """`[B, S, D]`."""
     balance_loss: jax.Array
     """Scalar: Σ over sequences of Σ_i f_i P_i, without alpha."""
-    load: jax.Array
-    """int32 `[E]`: valid (token, choice) pairs per expert."""
+    stats: LayerStats
+    """Valid (token, choice) pairs per expert, and what their dispatch meant."""
 
 
 class Router(nnx.Module):
@@ -48,14 +50,17 @@ class Router(nnx.Module):
         bias = parameter((experts,), (None,), kind=RouterBias, initializer="zeros", full_precision=True)
         self.bias = bias if config.moe.use_bias else None
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, Routing]:
-        """x `[T, D]` -> affinities `[T, E]` and the routing."""
+    def __call__(self, x: jax.Array, *, force_balance: bool = False) -> tuple[jax.Array, Routing]:
+        """x `[T, D]` -> affinities `[T, E]` and the routing; `force_balance` takes experts in turn instead."""
         wide = at_least_float32(x.dtype)
         # Highest, or a GPU would round to TF32: a score off by that much changes which experts are chosen.
         logits = ops.linear(x.astype(wide), self.weight[...].astype(wide), precision=jax.lax.Precision.HIGHEST)
         logits = checkpoint_name(logits, "router_logits")
         scores = router_scores(logits, self.config)
-        experts = select_experts(scores, None if self.bias is None else self.bias[...], self.config)
+        if force_balance:
+            experts = balanced_experts(x.shape[0], self.config)
+        else:
+            experts = select_experts(scores, None if self.bias is None else self.bias[...], self.config)
         experts = checkpoint_name(experts, "routing")
         return scores, Routing(experts, combine_weights(scores, experts, self.config))
 
@@ -92,12 +97,12 @@ class MoE(nnx.Module):
         self.shared = SwiGLU(config.hidden_size, shared_size, init_std=config.init_std) if shared_size else None
 
     def __call__(self, x: jax.Array, ctx: LayerContext) -> MoEOutput:
-        """x `[B, S, D]`; every token is computed, none dropped."""
+        """x `[B, S, D]`; every token is computed, none dropped; padding sees the shared experts only."""
         config = self.router.config
         batch, length, width = x.shape
         tokens = x.reshape(-1, width)
         with jax.named_scope("router"):
-            scores, routing = self.router(tokens)
+            scores, routing = self.router(tokens, force_balance=ctx.force_balance)
             balance_loss = sequence_balance_loss(
                 scores.reshape(batch, length, -1),
                 routing.experts.reshape(batch, length, -1) if ctx.balance_from_routed else None,
@@ -105,12 +110,20 @@ class MoE(nnx.Module):
                 ctx.valid,
             )
             load = expert_load(routing.experts, config.num_experts, None if ctx.valid is None else ctx.valid.ravel())
-        with jax.named_scope("dispatch"):
-            inputs = ctx.dispatcher.dispatch(tokens, routing.experts, routing.weights)
-        with jax.named_scope("shared_experts"):
-            y = jnp.zeros_like(tokens) if self.shared is None else self.shared(tokens)
-        with jax.named_scope("routed_experts"):
-            outputs = self.experts(inputs, ctx.dispatcher.alignment)
-        with jax.named_scope("combine"):
-            y = y + ctx.dispatcher.combine(outputs, inputs.handle)
-        return MoEOutput(y.reshape(x.shape), balance_loss, load)
+        dispatcher, experts = ctx.dispatcher, routing.experts
+        if ctx.valid is not None:  # all padding is alike, and would crowd the same few experts
+            experts = jnp.where(ctx.valid.reshape(-1, 1), experts, NO_EXPERT)
+        with jax.named_scope("dispatch_plan"):
+            plan, traffic = dispatcher.plan(experts)
+        y = jnp.zeros_like(tokens)
+        for number in range(dispatcher.rounds):
+            with jax.named_scope("dispatch"):
+                inputs = dispatcher.dispatch(tokens, routing.weights, plan, number)
+            if number == 0 and self.shared is not None:  # while tokens travel
+                with jax.named_scope("shared_experts"):
+                    y = self.shared(tokens)
+            with jax.named_scope("routed_experts"):
+                outputs = self.experts(inputs, dispatcher.alignment)
+            with jax.named_scope("combine"):
+                y = y + dispatcher.combine(outputs, inputs.handle)
+        return MoEOutput(y.reshape(x.shape), balance_loss, LayerStats(load, traffic))

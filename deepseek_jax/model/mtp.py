@@ -14,6 +14,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.block import Block
 from deepseek_jax.model.context import LayerContext
 from deepseek_jax.model.layers import Linear, RMSNorm
+from deepseek_jax.parallel.pipeline.protocol import LayerStats
 
 
 class MTPModule(nnx.Module):
@@ -29,15 +30,15 @@ class MTPModule(nnx.Module):
 
     def __call__(
         self, hidden: jax.Array, embedding: jax.Array, ctx: LayerContext
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array, LayerStats]:
         """hidden `[B, S, D]` of the previous depth, after its final norm, and embedding `[B, S, D]` of token i + k.
 
         Returns the hidden state after this module's own final norm (for the head and for the next depth), the
-        balance loss and the load.
+        balance loss and the stats.
         """
         joined = jnp.concatenate([self.embedding_norm(embedding), self.hidden_norm(hidden)], axis=-1)
-        x, balance_loss, load = self.block(self.projection(joined), ctx)
-        return self.final_norm(x), balance_loss, load
+        x, balance_loss, stats = self.block(self.projection(joined), ctx)
+        return self.final_norm(x), balance_loss, stats
 
 
 def shift_left(x: jax.Array, steps: int, fill: int = 0) -> jax.Array:

@@ -58,6 +58,21 @@ def _kept_groups(biased: jax.Array, config: MoEConfig) -> jax.Array:
     return jnp.repeat(kept, config.experts_per_group, axis=1)
 
 
+def balanced_experts(tokens: int, config: MoEConfig) -> jax.Array:
+    """Experts int32 `[T, K]` in turn, whatever the scores: each gets its even share, each token its limit of groups.
+
+    For benchmarks, whose routing would else be that of a model that was not trained.
+    """
+    groups = min(config.groups_per_token, config.experts_per_token)
+    token = jnp.arange(tokens, dtype=jnp.int32)[:, None]
+    choice = jnp.arange(config.experts_per_token, dtype=jnp.int32)
+    # Neighbours visit other groups, a token's own lie apart, and members of a group follow each other.
+    group = (token + choice % groups * (config.num_groups // groups)) % config.num_groups
+    visits = -(-config.experts_per_token // groups)
+    member = (token // config.num_groups * visits + choice // groups) % config.experts_per_group
+    return group * config.experts_per_group + member
+
+
 def combine_weights(scores: jax.Array, experts: jax.Array, config: MoEConfig) -> jax.Array:
     """Weights `[T, K]` of the chosen experts: their unbiased scores, renormalised (V3), times the routed scale."""
     # A one-hot product instead of a gather: its transpose is dense and exact, where a scatter-add would be slow.

@@ -43,13 +43,14 @@ class Transformer(nnx.Module):
         valid: jax.Array | None = None,
         dispatcher: Dispatcher | None = None,
         balance_from_routed: bool = False,
+        force_balance: bool = False,
         dtype=jnp.float32,
     ) -> LayerContext:
         """The context of a microbatch at `positions` int32 `[B, S]`; experts are all local unless told otherwise."""
         cos, sin = rope_tables(self.config.attention, positions, dtype)
         if dispatcher is None:
             dispatcher = LocalDispatcher(self.config.moe.num_experts, ops.preferred_alignment())
-        return LayerContext(cos, sin, dispatcher, segment_ids, valid, balance_from_routed)
+        return LayerContext(cos, sin, dispatcher, segment_ids, valid, balance_from_routed, force_balance)
 
     def head_weight(self) -> jax.Array:
         """The output head `[D, V]`; the embedding's transpose where they are tied."""

@@ -1,5 +1,6 @@
 from deepseek_jax.ops.attention import attention
 from deepseek_jax.ops.cross_entropy import cross_entropy, cross_entropy_sum, vocab_partials
+from deepseek_jax.ops.embedding import lookup
 from deepseek_jax.ops.grouped_matmul import (
     group_starts,
     grouped_matmul,
@@ -18,6 +19,7 @@ __all__ = [
     "grouped_matmul_dw",
     "grouped_matmul_dx",
     "linear",
+    "lookup",
     "preferred_alignment",
     "vocab_partials",
 ]

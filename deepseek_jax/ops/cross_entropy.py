@@ -2,14 +2,15 @@
 
 Shape letters: T tokens, D model width, V vocabulary (of this shard).
 
-`vocab_partials` is for a vocabulary that is split over devices: each computes the results of its own shard, and they
+A vocabulary may be split over devices. Each then computes the partials of its own shard (`vocab_partials`), and they
 join as the largest maximum, the sums rescaled to it and added, the label logits added (all but one are zero). Nothing
-splits the vocabulary yet; `cross_entropy` is the case of one shard.
+here knows of devices: `cross_entropy_sum` is given the function that joins.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,9 @@ from deepseek_jax.ops.implementation import accumulator, choose
 _CHUNK_LOGITS = 2**22  # logits in flight: 16 MiB of float32, up to V = 8192
 _MIN_CHUNK = 512  # every chunk adds once to the whole gradient of the head; at V = 129,280 its logits are 252 MiB
 _LOWEST = -1e30  # stands in for the maximum of a shard that is all padding
+
+Join = Callable[[Array, Array, Array], tuple[Array, Array, Array]]
+"""Maximum, sum and label logit of one shard's tokens, each `[chunk]`, to those of the whole vocabulary."""
 
 
 def cross_entropy(
@@ -63,7 +67,9 @@ def cross_entropy_sum(
     head: Array,
     labels: Array,
     weights: Array,
+    vocab_offset: int | Array = 0,
     *,
+    join: Join | None = None,
     vocab_size: int | None = None,
     chunk: int | None = None,
 ) -> Array:
@@ -72,12 +78,17 @@ def cross_entropy_sum(
     Of a sum the gradients are known as soon as the logits are, up to the factor that its own cotangent brings; the
     backward pass multiplies by that. Without differentiation only the sum is computed.
 
+    With `join` the head is one shard of a larger one. The sum is then of the whole vocabulary, the gradient of the head
+    is the shard's own, and that of hidden is the shard's *part*: the gradient is the sum of the parts over shards.
+
     Args:
       hidden: `[T, D]`, any float dtype.
-      head: `[D, V]`.
-      labels: `[T]` int32 in `[0, V)`; elsewhere the weight must be zero.
+      head: `[D, V]`; with `join`, columns `[vocab_offset, vocab_offset + V)` of the whole head.
+      labels: `[T]` int32, numbered over the whole vocabulary; a label outside it must have the weight zero.
       weights: `[T]`, float32 or wider; constants, which get no gradient.
-      vocab_size: Real size of the vocabulary; columns of the head from there on are padding, without probability.
+      vocab_offset: Scalar, may be traced.
+      join: Makes the whole vocabulary's partials of this shard's. Hashable; called once per chunk; not differentiated.
+      vocab_size: Real size of the whole vocabulary; columns of the head from there on are padding, without probability.
       chunk: Tokens whose logits exist at a time; None chooses.
 
     Returns:
@@ -89,7 +100,10 @@ def cross_entropy_sum(
     _check(hidden, head, labels, chunk)
     if weights.shape != labels.shape:
         raise ValueError(f"cross_entropy_sum needs a weight per label, not {weights.shape} for {labels.shape}")
-    return _weighted_sum(hidden, head, labels, weights, vocab_size, _chunk_size(hidden, head, chunk))
+    offset = jnp.asarray(vocab_offset, jnp.int32)
+    return _weighted_sum(
+        hidden, head, labels - vocab_offset, weights, offset, join, vocab_size, _chunk_size(hidden, head, chunk)
+    )
 
 
 def vocab_partials(
@@ -194,10 +208,15 @@ def _backward(vocab_size, chunk, residuals, cotangents):
 _partials.defvjp(_forward, _backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _weighted_sum(hidden, head, labels, weights, vocab_size, chunk):
-    top, total, label = _partials(hidden, head, labels, jnp.zeros((), jnp.int32), vocab_size, chunk)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _weighted_sum(hidden, head, labels, weights, offset, join, vocab_size, chunk):
+    """`cross_entropy_sum` with labels numbered within the shard."""
+    top, total, label = _joined(join, _partials(hidden, head, labels, offset, vocab_size, chunk))
     return _weighted(jnp.log(total) + top - label, weights)
+
+
+def _joined(join, partials):
+    return partials if join is None else join(*partials)
 
 
 def _weighted(nll, weights):
@@ -205,13 +224,11 @@ def _weighted(nll, weights):
     return jnp.sum(jnp.where(weights == 0, 0, nll * weights))
 
 
-def _sum_and_gradients(hidden, head, labels, weights, vocab_size, chunk):
-    zero = jnp.zeros((), jnp.int32)
-
+def _sum_and_gradients(hidden, head, labels, weights, offset, join, vocab_size, chunk):
     def of_chunk(dhead, inputs):
         hidden, labels, weights = inputs
-        logits = _logits(hidden, head, zero, vocab_size)
-        top, total, label = _of_logits(logits, labels)
+        logits = _logits(hidden, head, offset, vocab_size)
+        top, total, label = _joined(join, _of_logits(logits, labels))
         dlogits = _dlogits(logits, labels, top, weights / total, -weights).astype(hidden.dtype)
         nll = jnp.log(total) + top - label
         return dhead + _dhead(hidden, dlogits, dhead.dtype), (nll, _dhidden(dlogits, head))
@@ -224,10 +241,10 @@ def _sum_and_gradients(hidden, head, labels, weights, vocab_size, chunk):
     return _weighted(nll, weights), gradients
 
 
-def _scaled_gradients(vocab_size, chunk, gradients, cotangent):
+def _scaled_gradients(join, vocab_size, chunk, gradients, cotangent):
     # The product is made in the cotangent's dtype: rounded to bfloat16, it would put one error into every gradient.
     dhidden, dhead = ((g * cotangent).astype(g.dtype) for g in gradients)
-    return dhidden, dhead, None, None
+    return dhidden, dhead, None, None, None
 
 
 _weighted_sum.defvjp(_sum_and_gradients, _scaled_gradients)

@@ -28,6 +28,14 @@ class ParallelConfig:
     data: int = 1
     node: int = 1
     expert: int = 1
+    dispatcher: Literal["local", "all_to_all", "two_hop", "ragged"] | None = None
+    """How tokens reach experts on other devices: in one hop, in two (to the node, then within it), or in one of packed
+    rows, which needs GPUs. None: two hops where there are several nodes of several devices, else one."""
+    capacity: float = 1.5
+    """Room for tokens on their way to experts, as a multiple of what balanced routing needs. A step that needs more is
+    run again with more: no token is ever dropped."""
+    zero: bool = True
+    """Keep master weights and optimizer state once across data ranks (ZeRO-1), not on each."""
     microbatch_rows: int | None = None
     """Rows (sequences) of a microbatch on one device; None takes a device's whole share at once."""
     recompute: Literal["none", "selective", "full"] = "selective"
@@ -44,16 +52,17 @@ class ParallelConfig:
             self.microbatch_rows is None or self.microbatch_rows >= 1,
             f"parallel.microbatch_rows must be at least 1, not {self.microbatch_rows}",
         )
+        require(self.capacity >= 1, f"parallel.capacity must be at least 1, not {self.capacity}")
+        known = ("local", "all_to_all", "two_hop", "ragged")
+        require(
+            self.dispatcher is None or self.dispatcher in known,
+            f"parallel.dispatcher must be one of {', '.join(known)}, or none, not {self.dispatcher!r}",
+        )
         require(self.unroll_layers >= 1, f"parallel.unroll_layers must be at least 1, not {self.unroll_layers}")
         require(
             self.recompute in ("none", "selective", "full"),
             f"parallel.recompute must be none, selective or full, not {self.recompute!r}",
         )
-        for name in ("pipe", "node", "expert"):
-            require(
-                getattr(self, name) == 1,
-                f"parallel.{name}={getattr(self, name)} is not available yet: set it to 1 (parallel.data can be more)",
-            )
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -16,11 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import ModelConfig, require
 from deepseek_jax.parallel.mesh import mesh_of
 from deepseek_jax.parallel.sharding import partition_spec
+from deepseek_jax.parallel.zero import Split, choose_split, split_partition
 from deepseek_jax.tree import Tree, flatten, map_leaves, unflatten
 
 KINDS = ("dense", "moe", "mtp")
@@ -95,7 +97,9 @@ class ParameterLayout:
 
     specs: Tree
     placement: Placement
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
+    zero: bool = False
+    """Split over the ranks that would else hold copies (ZeRO-1): see `parallel.zero`."""
 
     def __post_init__(self):
         stages, ranks = self.placement.num_stages, self.mesh.shape["pipe"]
@@ -103,7 +107,15 @@ class ParameterLayout:
 
     def partition(self) -> Tree:
         """A `PartitionSpec` per run-time array."""
-        return self._map(lambda kind, spec: partition_spec((("stage", "slot") if kind else ()) + spec.axes))
+
+        def of(kind, spec):
+            return self._stacked(self._layer_partition(spec)) if kind else self._layer_partition(spec)
+
+        return self._map(of)
+
+    def splits(self) -> Tree:
+        """Per parameter its `parallel.zero.Split`, of the dimensions of one layer, or None."""
+        return self._map(lambda kind, spec: self._split_of(spec))
 
     def shardings(self) -> Tree:
         """A `NamedSharding` per run-time array."""
@@ -166,7 +178,7 @@ class ParameterLayout:
     def _stack_one(self, kind: str, spec, layers: dict[tuple[int, int], jax.Array]) -> jax.Array:
         stages, slots = self.placement.num_stages, self.placement.slots(kind)
         dtype = next(iter(layers.values())).dtype
-        sharding = NamedSharding(self.mesh, partition_spec(("stage", "slot", *spec.axes)))
+        sharding = NamedSharding(self.mesh, self._stacked(self._layer_partition(spec)))
         shape = (stages, slots, *spec.shape)
         local_shape = sharding.shard_shape(shape)[2:]
         rows: dict[jax.Device, list] = {}
@@ -183,7 +195,18 @@ class ParameterLayout:
     def _sharding(self, stage: int | None, spec) -> NamedSharding:
         """Where a canonical array lives: on its stage's devices, or on all of them."""
         devices = self.mesh.devices if stage is None else self.mesh.devices[stage : stage + 1]
-        return NamedSharding(mesh_of(devices), partition_spec(spec.axes))
+        return NamedSharding(mesh_of(devices), self._layer_partition(spec))
+
+    def _layer_partition(self, spec) -> P:
+        """The partition of a parameter of one layer, or of an end."""
+        return split_partition(partition_spec(spec.axes), self._split_of(spec), len(spec.shape))
+
+    def _split_of(self, spec) -> Split | None:
+        return choose_split(spec.shape, partition_spec(spec.axes), self.mesh.shape) if self.zero else None
+
+    @staticmethod
+    def _stacked(layer: P) -> P:
+        return P(*partition_spec(("stage", "slot")), *layer)
 
     def _entries(self) -> Iterator[tuple[str, int | None, Any]]:
         """(canonical name, stage or None, declaration) of every array."""

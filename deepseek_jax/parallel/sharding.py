@@ -18,7 +18,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "heads": None,
     "ffn": None,
     "expert_ffn": None,
-    "vocab": None,
+    "vocab": "pipe",  # embedding and head, whatever the schedule; whole at pipe = 1
 }
 """Where each logical axis of a parameter or a batch lives."""
 
@@ -54,3 +54,9 @@ def sum_over(x: jax.Array, axes: tuple[str, ...] = AXES) -> jax.Array:
     """Sum over mesh axes, inside `shard_map`; an axis along which x does not vary holds one copy and adds nothing."""
     varying = tuple(axis for axis in axes if axis in varying_axes(x))
     return lax.psum(x, varying) if varying else x
+
+
+def largest_over(x: jax.Array, axes: tuple[str, ...] = AXES) -> jax.Array:
+    """The largest over mesh axes, inside `shard_map`."""
+    varying = tuple(axis for axis in axes if axis in varying_axes(x))
+    return lax.pmax(x, varying) if varying else x

@@ -10,6 +10,7 @@ from importlib import metadata
 import jax
 from etils import epath
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.data import Tokenizer, heldout_documents
 from deepseek_jax.evaluation.compression import compression_baselines
@@ -21,6 +22,7 @@ from deepseek_jax.parallel.sharding import BATCH_SPEC
 from deepseek_jax.paths import write_aside
 from deepseek_jax.training.experiment import Experiment
 from deepseek_jax.training.step import Trainer, TrainState
+from deepseek_jax.tree import Tree
 
 GREEDY = Sampling()
 WARM = Sampling(temperature=0.8, top_p=0.95, seed=0)
@@ -77,6 +79,7 @@ def finish_run(
     """Writes result.json, samples.jsonl and report.html; returns the held-out bits per byte."""
     if heldout is None and (judged := evaluator(state, complete=True)) is not None:
         heldout = judged.bits_per_byte
+    weights = _whole_weights(trainer, state) if experiment.evaluation.samples else None
     if jax.process_index() != 0:
         return heldout
     baselines = None
@@ -101,21 +104,24 @@ def finish_run(
     }
     write_aside(folder / "result.json", json.dumps(result, indent=1) + "\n")
     # What was measured is kept whatever becomes of the samples.
-    samples = _samples(experiment, state, tokenizer, step)
+    samples = [] if weights is None else _samples(experiment, weights, tokenizer, step)
     write_aside(folder / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
     report = write_report(folder)
     _say(log, result, samples, report)
     return heldout
 
 
-def _samples(experiment: Experiment, state: TrainState, tokenizer: Tokenizer, step: int) -> list[dict]:
-    """Continuations of the recipe's prompts, greedy and sampled."""
+def _whole_weights(trainer: Trainer, state: TrainState) -> tuple[Tree, Tree]:
+    """All weights and router biases on a device of this process. All processes call this together."""
+    everywhere = NamedSharding(trainer.mesh, P())
+    copies = jax.jit(lambda trees: trees, out_shardings=everywhere)((state.params, state.router_bias))
+    return jax.tree.map(lambda array: array.addressable_data(0), copies)
+
+
+def _samples(experiment: Experiment, weights: tuple[Tree, Tree], tokenizer: Tokenizer, step: int) -> list[dict]:
+    """Continuations of the recipe's prompts, greedy and sampled: this process speaks alone, on one device."""
     prompts = experiment.evaluation.samples
-    if not prompts:
-        return []
-    # This process speaks alone, on one device: of what every device holds, it takes its own copy.
-    params, bias = jax.tree.map(lambda array: array.addressable_data(0), (state.params, state.router_bias))
-    generator = Generator(bind(experiment.model, params, bias))
+    generator = Generator(bind(experiment.model, *weights))
     begin = [tokenizer.bos_id] if experiment.data.add_bos and tokenizer.bos_id is not None else []
     encoded = [[*begin, *map(int, tokenizer.encode(prompt))] for prompt in prompts]
     # Without bos, what comes before a document is the end of another: there an empty prompt begins.

@@ -126,6 +126,8 @@ def restore(
     saved = {**meta, "model": _saved_model(meta["model"], model, source)}
     check_compatible(saved, json.loads(json.dumps(identity)), source=source)
     rows.set_state(documents["data"])
+    if "room" in meta:
+        trainer.room.set_state(meta["room"])
     entries = store.restore(step, canonical.templates(trainer))
     state = canonical.from_canonical(trainer, entries, meta["step"])
     return state, meta["step"], meta["tokens"], meta.get("seconds", 0.0)

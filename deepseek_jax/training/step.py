@@ -1,12 +1,15 @@
 """The train step: one jitted function around one `shard_map` over all mesh axes.
 
-Forward and backward by the pipeline, gradients summed over data ranks, clipped, AdamW, the router bias moved by the
-load of the whole global batch. Every collective of a step is in this file or in `parallel/`.
+Weights gathered, forward and backward by the pipeline, gradients summed over data ranks and scattered, clipped, AdamW
+on each rank's part, the router bias moved by the load of the whole global batch. Every collective of a step is in this
+file or in `parallel/`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,21 +17,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from deepseek_jax import ops
 from deepseek_jax.compat import to_varying
 from deepseek_jax.model.parameters import RouterBias, parameter_specs
 from deepseek_jax.model.staged import staged_model
 from deepseek_jax.model.targets import Microbatch, targets
 from deepseek_jax.model.transformer import Transformer
+from deepseek_jax.parallel.dispatch import (
+    Dispatcher,
+    DispatcherName,
+    ExpertMesh,
+    LocalDispatcher,
+    check_experts,
+    choose_dispatcher,
+    dispatchers,
+)
 from deepseek_jax.parallel.mesh import AXES, BATCH_AXES
-from deepseek_jax.parallel.pipeline import LossScales, Schedule, pipeline
+from deepseek_jax.parallel.pipeline import LossScales, Schedule, StagedModel, pipeline
 from deepseek_jax.parallel.pipeline.executor import Outputs
-from deepseek_jax.parallel.pipeline.protocol import Recompute
+from deepseek_jax.parallel.pipeline.protocol import LayerStats, Recompute
 from deepseek_jax.parallel.placement import KINDS, ParameterLayout, Placement
-from deepseek_jax.parallel.sharding import BATCH_SPEC, mesh_axes_of, sum_over
+from deepseek_jax.parallel.sharding import BATCH_SPEC, largest_over, mesh_axes_of, sum_over
+from deepseek_jax.parallel.vocabulary import ShardedVocabulary, WholeVocabulary, check_vocabulary
+from deepseek_jax.parallel.zero import gather, reduce_scatter
 from deepseek_jax.training.balance import max_violation, update_bias
+from deepseek_jax.training.room import RoomControl
 from deepseek_jax.tree import Tree, flatten, map_leaves, unflatten
 
 
@@ -67,6 +83,14 @@ class StepMetrics(NamedTuple):
     """int32 `[MoE layers and MTP modules, E]`."""
     max_vio: jax.Array
     """float32, one per row of `load`."""
+    received: jax.Array
+    """int32 `[MoE layers and MTP modules, devices that share a batch]`: rows that each device's experts computed."""
+    crossed: jax.Array
+    """int32 `[MoE layers and MTP modules, hops]`: rows that devices sent to others, all together."""
+    demand: jax.Array
+    """int32 `[hops + 1]`: the most that any layer needed room for anywhere; see `Traffic`."""
+    lost: jax.Array
+    """int32 scalar: rows without room. Unless it is 0, the step changed nothing and is to be run again with more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +104,13 @@ class StepConfig:
     mask_documents: bool = False
     balance_weight: float = 1e-4
     balance_from_routed: bool = False
+    force_balance: bool = False
     clip_norm: float = 1.0
+    zero: bool = True
+    dispatcher: DispatcherName | None = None
+    capacity: float = 1.5
+    dispatch_dtype: Any = None
+    """dtype in which tokens travel between devices; None: the compute dtype."""
 
 
 class Trainer:
@@ -90,22 +120,20 @@ class Trainer:
         self,
         model: Transformer,
         placement: Placement,
-        mesh: Mesh,
+        mesh: Mesh | AbstractMesh,
         optimizer: Callable[[Tree], optax.GradientTransformation],
         config: StepConfig,
     ):
         self.model, self.mesh, self.config = model, mesh, config
-        self.params_layout = ParameterLayout(parameter_specs(model), placement, mesh)
+        self._experts = ExpertMesh(mesh.shape["node"], mesh.shape["expert"])
+        check_vocabulary(model.config.vocab_size, mesh.shape["pipe"])
+        check_experts(model.config.moe, self._experts, choose_dispatcher(config.dispatcher, self._experts))
+        self.params_layout = ParameterLayout(parameter_specs(model), placement, mesh, zero=config.zero)
         self.bias_layout = ParameterLayout(parameter_specs(model, RouterBias), placement, mesh)
         self.optimizer = optimizer(self.params_layout.specs)
-        self.staged = staged_model(
-            model,
-            compute_dtype=config.compute_dtype,
-            mask_documents=config.mask_documents,
-            balance_from_routed=config.balance_from_routed,
-        )
-        self._step = jax.jit(self._sharded_step, donate_argnums=0)
-        self._evaluate = jax.jit(self._sharded_evaluate)
+        self.room, self._evaluation_room = RoomControl(), RoomControl()
+        self._step = jax.jit(self._sharded_step, donate_argnums=0, static_argnums=3)
+        self._evaluate = jax.jit(self._sharded_evaluate, static_argnums=2)
 
     # --- state ---
 
@@ -137,33 +165,82 @@ class Trainer:
     # --- running ---
 
     def step(self, state: TrainState, batch: Microbatch, hyper: Hyperparameters) -> tuple[TrainState, StepMetrics]:
-        """One optimizer step over a global batch of rows `[rows, S + 1]`; `state` is donated."""
-        return self._step(state, batch, hyper)
+        """One optimizer step over a global batch of rows `[rows, S + 1]`; `state` is donated.
+
+        Where experts are spread over devices this waits for the step, which may have to run again with more room.
+        """
+        ladder = self.dispatchers(batch.tokens.shape)
+        if len(ladder) == 1:
+            return self._step(state, batch, hyper, 0)
+        while True:
+            state, metrics = self._step(state, batch, hyper, self.room.setting(ladder))
+            lost, demand = jax.device_get((metrics.lost, metrics.demand))
+            if not lost:
+                self.room.fitted(ladder, demand)
+                return state, metrics
+            self.room.overflowed(ladder)
 
     def evaluate(self, state: TrainState, batch: Microbatch) -> tuple[jax.Array, jax.Array]:
         """Sum of the main model's cross entropies (nats) over a batch, and the number of labels."""
-        return self._evaluate(state, batch)
+        ladder = self.dispatchers(batch.tokens.shape)
+        while True:
+            loss, labels, lost = self._evaluate(state, batch, self._evaluation_room.setting(ladder))
+            if len(ladder) == 1 or not int(lost):
+                return loss, labels
+            self._evaluation_room.overflowed(ladder)
 
-    def lower(self, state, batch, hyper):
+    def lower(self, state, batch, hyper, setting: int = 0):
         """The step, lowered for abstract or real arguments, to compile or inspect."""
-        return self._step.lower(state, batch, hyper)
+        return self._step.lower(state, batch, hyper, setting)
+
+    def dispatchers(self, shape: tuple[int, ...]) -> tuple[Dispatcher, ...]:
+        """The ladder of settings for a global batch of this shape, `[rows, S + 1]`."""
+        rows = shape[0] // math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+        return dispatchers(
+            self.config.dispatcher,
+            self.model.config.moe,
+            self._experts,
+            tokens=self._microbatch_rows(rows) * (shape[1] - 1),
+            slack=self.config.capacity,
+            alignment=ops.preferred_alignment(),
+            wire=self.config.dispatch_dtype,
+        )
 
     # --- per-device code ---
 
-    def _sharded_step(self, state, batch, hyper):
-        specs = self.state_specs()
-        return jax.shard_map(
-            self._device_step, mesh=self.mesh, in_specs=(specs, BATCH_SPEC, P()), out_specs=(specs, P())
-        )(state, batch, hyper)
-
-    def _sharded_evaluate(self, state, batch):
-        specs = self.state_specs()
-        return jax.shard_map(self._device_evaluate, mesh=self.mesh, in_specs=(specs, BATCH_SPEC), out_specs=(P(), P()))(
-            state, batch
+    def staged(self, dispatcher: Dispatcher) -> StagedModel:
+        """The model's functions, with tokens reaching their experts through `dispatcher`."""
+        return staged_model(
+            self.model,
+            compute_dtype=self.config.compute_dtype,
+            mask_documents=self.config.mask_documents,
+            balance_from_routed=self.config.balance_from_routed,
+            force_balance=self.config.force_balance,
+            dispatcher=dispatcher,
+            vocabulary=ShardedVocabulary() if self.mesh.shape["pipe"] > 1 else WholeVocabulary(),
         )
 
-    def _device_step(self, state: TrainState, batch: Microbatch, hyper: Hyperparameters):
-        microbatches, run = self._microbatches(batch)
+    def _sharded_step(self, state, batch, hyper, setting: int = 0):
+        specs, dispatcher = self.state_specs(), self.dispatchers(batch.tokens.shape)[setting]
+        out: dict[str, Any] = dict.fromkeys(StepMetrics._fields, P()) | {"received": P(None, BATCH_AXES)}
+        return jax.shard_map(
+            functools.partial(self._device_step, dispatcher),
+            mesh=self.mesh,
+            in_specs=(specs, BATCH_SPEC, P()),
+            out_specs=(specs, StepMetrics(**out)),
+        )(state, batch, hyper)
+
+    def _sharded_evaluate(self, state, batch, setting: int = 0):
+        specs, dispatcher = self.state_specs(), self.dispatchers(batch.tokens.shape)[setting]
+        return jax.shard_map(
+            functools.partial(self._device_evaluate, dispatcher),
+            mesh=self.mesh,
+            in_specs=(specs, BATCH_SPEC),
+            out_specs=(P(), P(), P()),
+        )(state, batch)
+
+    def _device_step(self, dispatcher: Dispatcher, state: TrainState, batch: Microbatch, hyper: Hyperparameters):
+        microbatches, run = self._microbatches(batch, dispatcher)
         counts = self._counts(batch)
         scales = LossScales(
             main=1 / counts["labels"],
@@ -171,7 +248,12 @@ class Trainer:
             balance=self.config.balance_weight / counts["sequences"],
         )
         outputs, gradients = run.value_and_grad(*self._local_weights(state), microbatches, scales)
-        outputs = jax.tree.map(sum_over, outputs)
+        received = sum_over(self._by_layer(outputs, lambda stats: stats.traffic.received)[:, None], ("pipe",))
+        outputs = outputs._replace(
+            loss=sum_over(outputs.loss),
+            sums=jax.tree.map(sum_over, outputs.sums),
+            stats={kind: _over_devices(stats) for kind, stats in outputs.stats.items()},
+        )
         gradients = self._reduce(self._restack(gradients))
         grad_norm = self._global_norm(gradients)
         clip = jnp.minimum(1, self.config.clip_norm / grad_norm)
@@ -179,25 +261,34 @@ class Trainer:
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         learning_rate = hyper.learning_rate
         params = map_leaves(lambda p, u: p - learning_rate.astype(p.dtype) * u, state.params, updates)
-        bias = self._update_bias(state.router_bias, outputs.loads, hyper.bias_rate)
-        metrics = self._metrics(outputs, counts, grad_norm)
-        return TrainState(params, bias, opt_state, state.step + 1), metrics
+        bias = self._update_bias(state.router_bias, outputs.stats, hyper.bias_rate)
+        metrics = self._metrics(outputs, counts, grad_norm, received)
+        after = TrainState(params, bias, opt_state, state.step + 1)
+        if not isinstance(dispatcher, LocalDispatcher):
+            after = jax.tree.map(lambda new, old: jnp.where(metrics.lost == 0, new, old), after, state)
+        return after, metrics
 
-    def _device_evaluate(self, state: TrainState, batch: Microbatch):
-        microbatches, run = self._microbatches(batch)
+    def _device_evaluate(self, dispatcher: Dispatcher, state: TrainState, batch: Microbatch):
+        microbatches, run = self._microbatches(batch, dispatcher)
         zero = jnp.zeros((), jnp.float32)
         outputs = run.evaluate(*self._local_weights(state), microbatches, LossScales(zero, zero, zero))
-        return sum_over(outputs.sums["loss_main"]), self._counts(batch)["labels"]
+        lost = sum_over(self._by_layer(outputs, lambda stats: stats.traffic.lost).sum(dtype=jnp.int32))
+        return sum_over(outputs.sums["loss_main"]), self._counts(batch)["labels"], lost
 
-    def _microbatches(self, batch: Microbatch):
-        rows = batch.tokens.shape[0]
+    def _microbatch_rows(self, rows: int) -> int:
+        """Rows of a microbatch, where a device has `rows`."""
         size = min(self.config.microbatch_rows or rows, rows)
         if rows % size:
             raise ValueError(f"{rows} rows per device do not split into microbatches of {size}; pad the batch first")
+        return size
+
+    def _microbatches(self, batch: Microbatch, dispatcher: Dispatcher):
+        rows = batch.tokens.shape[0]
+        size = self._microbatch_rows(rows)
         split = jax.tree.map(lambda leaf: leaf.reshape(rows // size, size, *leaf.shape[1:]), batch)
         schedule = Schedule("one_rank", ranks=1, microbatches=rows // size)
         return split, pipeline(
-            self.staged, schedule, recompute=self.config.recompute, unroll_layers=self.config.unroll_layers
+            self.staged(dispatcher), schedule, recompute=self.config.recompute, unroll_layers=self.config.unroll_layers
         )
 
     def _counts(self, batch: Microbatch) -> dict[str, jax.Array]:
@@ -210,48 +301,62 @@ class Trainer:
         }
 
     def _local_weights(self, state: TrainState) -> tuple[Tree, Tree]:
-        """This device's weights in the compute dtype, varying over every axis, stacks as `[slot, ...]`."""
+        """This device's whole weights in the compute dtype, varying over every axis, stacks as `[slot, ...]`."""
 
-        def local(kind, spec, value):
+        def local(stacked, spec, split, value):
             if not spec.full_precision and self.config.compute_dtype != jnp.float32:
                 value = value.astype(self.config.compute_dtype)
-            return to_varying(value[0] if kind else value, AXES)
+            # Cast first, so that masters of four bytes travel as two.
+            return to_varying(gather(value[0] if stacked else value, split, lead=int(stacked)), AXES)
 
-        def tree(specs, values):
+        def tree(layout: ParameterLayout, values):
+            splits = layout.splits()
             return {
-                name: map_leaves(lambda s, v, n=name: local(n in KINDS, s, v), specs[name], values[name])
+                name: map_leaves(
+                    functools.partial(local, name in KINDS), layout.specs[name], splits[name], values[name]
+                )
                 for name in values
             }
 
-        return tree(self.params_layout.specs, state.params), tree(self.bias_layout.specs, state.router_bias)
+        return tree(self.params_layout, state.params), tree(self.bias_layout, state.router_bias)
 
     def _restack(self, gradients: Tree) -> Tree:
         return {k: map_leaves(lambda g: g[None], tree) if k in KINDS else tree for k, tree in gradients.items()}
 
     def _reduce(self, gradients: Tree) -> Tree:
-        """Sums each gradient over the axes along which its parameter has copies."""
+        """Sums each gradient over the axes along which its parameter has copies; a rank keeps what it is to update."""
+        partition, splits = self.params_layout.partition(), self.params_layout.splits()
 
-        def reduce(spec: P, g: jax.Array) -> jax.Array:
+        def reduce(stacked: bool, spec: P, split, g: jax.Array) -> jax.Array:
+            g = reduce_scatter(g, split, lead=2 * stacked)
             return sum_over(g, tuple(axis for axis in AXES if axis not in mesh_axes_of(spec)))
 
-        return map_leaves(reduce, self.params_layout.partition(), gradients)
+        return {
+            name: map_leaves(functools.partial(reduce, name in KINDS), partition[name], splits[name], gradients[name])
+            for name in gradients
+        }
 
     def _global_norm(self, gradients: Tree) -> jax.Array:
         squares = [sum_over(jnp.sum(jnp.square(g))) for g in flatten(gradients).values()]
         return jnp.sqrt(sum(squares))
 
-    def _update_bias(self, bias: Tree, loads: dict[str, jax.Array], rate: jax.Array | np.float32) -> Tree:
+    def _update_bias(self, bias: Tree, stats: dict[str, LayerStats], rate: jax.Array | np.float32) -> Tree:
         """Moves every router's bias `[1, slot, E]` by its kind's loads `[slot, E]`."""
 
         def moved(name: str, value: jax.Array) -> jax.Array:
-            return update_bias(value, loads[name.split(".")[0]][None], rate)
+            return update_bias(value, stats[name.split(".")[0]].load[None], rate)
 
         return unflatten({name: moved(name, value) for name, value in flatten(bias).items()})
 
-    def _metrics(self, outputs: Outputs, counts: dict[str, jax.Array], grad_norm: jax.Array) -> StepMetrics:
-        loads = [outputs.loads[kind] for kind in KINDS if kind in outputs.loads]
-        experts = self.model.config.moe.num_experts
-        load = jnp.concatenate(loads) if loads else jnp.zeros((0, experts), jnp.int32)
+    def _by_layer(self, outputs: Outputs, leaf: Callable[[LayerStats], jax.Array]) -> jax.Array:
+        """One leaf of the stats of all layers with experts, MTP modules last: `[layers, ...]`."""
+        found = [leaf(outputs.stats[kind]) for kind in KINDS if kind in outputs.stats]
+        return jnp.concatenate(found) if found else jnp.zeros((0, 1), jnp.int32)
+
+    def _metrics(
+        self, outputs: Outputs, counts: dict[str, jax.Array], grad_norm: jax.Array, received: jax.Array
+    ) -> StepMetrics:
+        load = self._by_layer(outputs, lambda stats: stats.load)
         depth = max(self.model.config.mtp_depth, 1)
         return StepMetrics(
             loss=outputs.loss,
@@ -261,4 +366,14 @@ class Trainer:
             grad_norm=grad_norm,
             load=load,
             max_vio=max_violation(load),
+            received=received,
+            crossed=self._by_layer(outputs, lambda stats: stats.traffic.crossed),
+            demand=self._by_layer(outputs, lambda stats: stats.traffic.demand).max(axis=0, initial=0),
+            lost=self._by_layer(outputs, lambda stats: stats.traffic.lost).sum(dtype=jnp.int32),
         )
+
+
+def _over_devices(stats: LayerStats) -> LayerStats:
+    """A kind's stats of all devices together: sums, and of what is demanded at once the largest."""
+    total = jax.tree.map(sum_over, stats)
+    return total._replace(traffic=total.traffic._replace(demand=largest_over(stats.traffic.demand)))

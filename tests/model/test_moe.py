@@ -77,7 +77,7 @@ def test_layer_equals_a_loop_over_tokens_and_experts(config):
             expected[token] += weight * ffn(row, values["experts.gate_up"][expert], values["experts.down"][expert])
             load[expert] += 1
     np.testing.assert_allclose(out.y, expected.reshape(x.shape), rtol=1e-9, atol=1e-12)
-    assert out.load.tolist() == load.tolist()
+    assert out.stats.load.tolist() == load.tolist()
     np.testing.assert_allclose(out.balance_loss, balance, rtol=1e-9)
 
 
@@ -118,7 +118,7 @@ def test_gradients_equal_those_of_a_dense_layer(config):
         np.testing.assert_array_equal(ours[0]["experts.gate_up"][-1], 0)  # the expert that nobody chose
 
 
-def test_padding_is_left_out_of_load_and_balance_loss():
+def test_padding_is_left_out_of_routing_load_and_balance_loss():
     config = CONFIGS["v3"].moe
     graphdef, values, x = draw(CONFIGS["v3"])
     valid = np.ones((BATCH, LENGTH), bool)
@@ -128,10 +128,14 @@ def test_padding_is_left_out_of_load_and_balance_loss():
         unmasked, _ = layer(graphdef, values, x)
         balance = sequence_balance_loss(scores.reshape(BATCH, LENGTH, -1), None, config, valid)
     chosen = np.asarray(routing.experts)[valid.ravel()]
-    assert out.load.tolist() == np.bincount(chosen.ravel(), minlength=config.num_experts).tolist()
+    assert out.stats.load.tolist() == np.bincount(chosen.ravel(), minlength=config.num_experts).tolist()
     np.testing.assert_allclose(out.balance_loss, balance, rtol=1e-9)
     assert abs(float(out.balance_loss) - float(unmasked.balance_loss)) > 1e-3
-    np.testing.assert_allclose(out.y, unmasked.y, rtol=1e-9)
+    np.testing.assert_allclose(out.y[valid], unmasked.y[valid], rtol=1e-9)
+    # Padding goes to no routed expert: only shared ones see it.
+    shared = np.stack([ffn(row, values["shared.gate_up.weight"], values["shared.down.weight"]) for row in x[~valid]])
+    np.testing.assert_allclose(out.y[~valid], shared, rtol=1e-9)
+    assert int(out.stats.traffic.received) == valid.sum() * config.experts_per_token
 
 
 def test_the_balance_loss_can_follow_the_routed_experts():

@@ -1,4 +1,4 @@
-"""`ops.cross_entropy` and `ops.vocab_partials`: exact, in shards or whole, without `[T, V]`."""
+"""`ops.cross_entropy`, its sum and `ops.vocab_partials`: exact, in shards or whole, without `[T, V]`."""
 
 import re
 
@@ -97,6 +97,44 @@ def test_shards_of_the_vocabulary_equal_the_whole(shards):
             return ops.cross_entropy(hidden, head, labels, vocab_size=35, implementation="reference")
 
         assert_equal(value_and_gradients(joined, hidden, head, g), value_and_gradients(whole, hidden, head, g))
+
+
+def join_over_shards(top, total, label):
+    """What `parallel.vocabulary` does over a mesh axis, here over a mapped one."""
+    highest = jax.lax.pmax(top, "shards")
+    return highest, *jax.lax.psum((total * jnp.exp(top - highest), label), "shards")
+
+
+@pytest.mark.parametrize(("shards", "chunk"), [(1, 8), (2, 8), (4, None), (4, 33)])
+def test_sums_of_shards_that_are_joined_equal_the_whole(shards, chunk):
+    """Every shard gives the whole sum and its columns of the head's gradient; the parts of hidden's gradient add up.
+
+    The last of four shards is nothing but padding; labels without weight are anywhere, also in no shard.
+    """
+    with jax.enable_x64(True):
+        hidden, head, labels, weights = problem(33, 48, labels_below=35)
+        offsets = jnp.arange(shards, dtype=jnp.int32) * (48 // shards)
+        weights = weights.at[::5].set(0)
+        anywhere = labels.at[::5].set(jnp.asarray([-1, 47, 48, 36, 0, 11, 12], jnp.int32))
+
+        def of_shard(shard, offset):
+            def loss(hidden, shard):
+                total = ops.cross_entropy_sum(
+                    hidden, shard, anywhere, weights, offset, join=join_over_shards, vocab_size=35, chunk=chunk
+                )
+                return jnp.sin(total)
+
+            return loss(hidden, shard), jax.value_and_grad(loss, argnums=(0, 1))(hidden, shard)
+
+        def whole(hidden, head):
+            nll = ops.cross_entropy(hidden, head, labels, vocab_size=35, implementation="reference")
+            return jnp.sin((nll * weights).sum())
+
+        columns = head.reshape(head.shape[0], shards, -1).swapaxes(0, 1)
+        alone, (losses, (dhidden, dhead)) = jax.jit(jax.vmap(of_shard, axis_name="shards"))(columns, offsets)
+        wanted, gradients = jax.jit(jax.value_and_grad(whole, argnums=(0, 1)))(hidden, head)
+        assert_equal((alone, losses), (jnp.full(shards, wanted),) * 2)
+        assert_equal((dhidden.sum(0), dhead.swapaxes(0, 1).reshape(head.shape)), gradients)
 
 
 def test_partials_are_what_their_names_say():

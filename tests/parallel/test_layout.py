@@ -107,8 +107,12 @@ def test_the_mesh_has_four_axes_and_must_fit_the_devices():
     assert mesh.axis_names == AXES == ("pipe", "data", "node", "expert")
     with pytest.raises(ConfigError, match=r"needs 3 devices, there are 1; change parallel.data"):
         make_mesh(ParallelConfig(data=3), jax.devices()[:1])
-    with pytest.raises(ConfigError, match=r"parallel.pipe=2 is not available yet"):
-        ParallelConfig(pipe=2)
+    with pytest.raises(ConfigError, match=r"parallel.node must be at least 1, not 0"):
+        ParallelConfig(node=0)
+    with pytest.raises(ConfigError, match=r"parallel.dispatcher must be one of local, .*, not 'alltoall'"):
+        ParallelConfig(dispatcher="alltoall")
+    with pytest.raises(ConfigError, match=r"parallel.capacity must be at least 1, not 0.5"):
+        ParallelConfig(capacity=0.5)
 
 
 def test_flatten_and_unflatten_are_inverse():

@@ -109,7 +109,7 @@ def test_the_report_shows_the_same(ended):
     for sample in ended.samples:
         assert html.escape(sample["prompt"]) in ended.report
         assert html.escape(sample["text"]) in ended.report
-    assert ended.report.count("data:image/") == 5, "bits per byte, losses, learning rate, loads, MaxVio"
+    assert ended.report.count("data:image/") == 6, "bits per byte, losses, learning rate, loads, MaxVio, evenness"
 
 
 def test_the_last_words_name_the_numbers_and_the_report(ended):
@@ -149,7 +149,7 @@ def test_an_empty_prompt_begins_after_the_end_of_a_document(runs, ended):
     generator = Generator(bind_canonical(runs.base.model, {n: jax.numpy.asarray(a) for n, a in arrays.items()}))
     prompts = [[tokenizer.eos_id], tokenizer.encode("def").tolist()]
     outputs = generator.generate(prompts, max_new_tokens=8, sampling=finish.GREEDY, stop_ids=(tokenizer.eos_id,))
-    samples = finish._samples(given, state, tokenizer, STEPS)
+    samples = finish._samples(given, (state.params, state.router_bias), tokenizer, STEPS)
     assert [s["text"] for s in samples[:2]] == [tokenizer.decode(o, skip_specials=True) for o in outputs]
 
 

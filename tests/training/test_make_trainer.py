@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,9 @@ import optax
 import pytest
 from small_model import abstract_state, full, hyperparameters, small
 
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import ConfigError, ModelConfig
 from deepseek_jax.data import DataConfig, TokenizerConfig
+from deepseek_jax.parallel.dispatch import ExpertMesh, check_experts, choose_dispatcher
 from deepseek_jax.parallel.mesh import ParallelConfig
 from deepseek_jax.precision.policy import FLOAT32, PrecisionPolicy
 from deepseek_jax.training.experiment import Experiment
@@ -39,6 +41,14 @@ CHANGES = {
     "mask_documents": ({"mask_documents": True}, True),
     "balance_weight": ({"balance_weight": 0.02}, 0.02),
     "balance_from_routed": ({"balance_from_routed": True}, True),
+    "force_balance": ({"force_balanced_routing": True}, True),
+    "zero": ({"parallel": ParallelConfig(zero=False)}, False),
+    "dispatcher": ({"parallel": ParallelConfig(dispatcher="all_to_all")}, "all_to_all"),
+    "capacity": ({"parallel": ParallelConfig(capacity=2.0)}, 2.0),
+    "dispatch_dtype": (
+        {"precision": PrecisionPolicy(compute="float32", dispatch="bfloat16")},
+        jnp.dtype("bfloat16"),
+    ),
     "clip_norm": ({"optimizer": OptimizerConfig(clip_norm=0.7)}, 0.7),
 }
 """For every field of `StepConfig`: a recipe's own way to set it, and the value it then has."""
@@ -52,6 +62,25 @@ def test_every_choice_of_a_recipe_reaches_the_step(name):
     assert wanted != getattr(plain, name), "a default proves nothing"
     config = make_trainer(recipe(**{"precision": FLOAT32} | changes)).config
     assert config == dataclasses.replace(plain, **{name: wanted})
+
+
+def test_what_a_mesh_cannot_hold_is_refused_in_one_line():
+    """Before any device work: stages, and experts, groups or dispatchers that do not fit the devices."""
+    refused = {
+        "parallel.pipe=2 is not available yet": ParallelConfig(pipe=2),
+        "the mesh pipe 1 x data 1 x node 1 x expert 4 needs 4 devices": ParallelConfig(expert=4),
+    }
+    for line, parallel in refused.items():
+        with pytest.raises(ConfigError, match=f"^{re.escape(line)}[^\n]*$"):
+            make_trainer(recipe(parallel=parallel))
+    moe = MODEL.moe
+    with pytest.raises(ConfigError, match=r"^8 experts cannot be split evenly over 3 devices \(node 1 x expert 3\)"):
+        check_experts(moe, ExpertMesh(expert=3), "all_to_all")
+    with pytest.raises(ConfigError, match=r"^model.moe.num_groups \(4\) does not map to 8 nodes[^\n]*$"):
+        check_experts(moe, ExpertMesh(node=8), "two_hop")
+    check_experts(moe, ExpertMesh(node=8), "all_to_all")
+    with pytest.raises(ConfigError, match=r"^parallel.dispatcher=local needs all experts on one device[^\n]*$"):
+        choose_dispatcher("local", ExpertMesh(2, 4))
 
 
 def test_the_paper_is_the_default():
@@ -84,12 +113,16 @@ def test_masking_documents_reaches_attention(masked):
     trainer = make_trainer(recipe(mask_documents=masked, precision=FLOAT32))
     seen = []
 
-    def context(batch):
-        ctx = real(batch)
-        seen.append(ctx.segment_ids is not None)
-        return ctx
+    def watched(dispatcher):
+        model = real(dispatcher)
 
-    real = trainer.staged.context
-    trainer.staged = dataclasses.replace(trainer.staged, context=context)
+        def context(batch):
+            ctx = model.context(batch)
+            seen.append(ctx.segment_ids is not None)
+            return ctx
+
+        return dataclasses.replace(model, context=context)
+
+    real, trainer.staged = trainer.staged, watched
     jax.eval_shape(trainer._sharded_step, abstract_state(trainer), full(MODEL, 2, 16), hyperparameters())
     assert set(seen) == {masked}

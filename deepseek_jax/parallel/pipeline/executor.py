@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_jax.parallel.pipeline.protocol import LossScales, Recompute, StagedModel
+from deepseek_jax.parallel.pipeline.protocol import LayerStats, LossScales, Recompute, StagedModel
 from deepseek_jax.parallel.pipeline.schedule import Schedule
 from deepseek_jax.tree import Tree
 
@@ -26,8 +26,8 @@ class Outputs(NamedTuple):
     """The objective's share of this device, already scaled: the global loss is the sum over devices."""
     sums: dict[str, jax.Array]
     """Unscaled sums: `loss_main`, `loss_mtp` (nats) and `loss_balance`."""
-    loads: dict[str, jax.Array]
-    """Per kind of layer with experts: int32 `[layers, E]`."""
+    stats: dict[str, LayerStats]
+    """Per kind of layer with experts, leaves `[layers, ...]`."""
 
 
 class Pipeline(NamedTuple):
@@ -82,18 +82,18 @@ def _microbatch(model: StagedModel, params, state, batch, scales: LossScales, re
     ctx = model.context(batch)
     x = model.embed(params, batch)
     aux_total: Any = 0.0
-    loads: dict[str, jax.Array] = {}
+    counted: dict[str, LayerStats] = {}
     for kind, layer in model.layers.items():
         stack = _merge(params[kind], state.get(kind))
         x, aux, stats = scan_layers(recomputing(layer), stack, x, ctx, unroll)
         aux_total += aux
-        if stats.shape[-1]:
-            loads[kind] = stats
+        if stats.load.shape[-1]:
+            counted[kind] = stats
     ends = {name: _merge(tree, state.get(name)) for name, tree in params.items() if name not in model.layers}
-    loss, sums, aux, stats = recomputing(model.finish)(ends, x, batch, ctx, scales)
+    loss, sums, aux, of_ends = recomputing(model.finish)(ends, x, batch, ctx, scales)
     aux_total += aux
     loss += scales.balance * aux_total
-    return loss, Outputs(loss, {**sums, "loss_balance": aux_total}, {**loads, **stats})
+    return loss, Outputs(loss, {**sums, "loss_balance": aux_total}, {**counted, **of_ends})
 
 
 def _recomputing(model: StagedModel, recompute: Recompute, function: Callable) -> Callable:
@@ -128,7 +128,8 @@ def _merge(params: Tree, state: Tree | None) -> Tree:
 
 
 def _total(outputs: Outputs) -> Outputs:
-    return jax.tree.map(lambda leaf: leaf.sum(axis=0, dtype=leaf.dtype), outputs)
+    loss, sums = jax.tree.map(lambda leaf: leaf.sum(axis=0, dtype=leaf.dtype), (outputs.loss, outputs.sums))
+    return Outputs(loss, sums, {kind: stats.total() for kind, stats in outputs.stats.items()})
 
 
 def _accumulator(leaf: jax.Array) -> jnp.dtype:
