@@ -24,6 +24,7 @@ from typing import Any
 
 from absl import flags
 
+from experiments import launch
 from experiments.cores import usable_cores
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
@@ -49,6 +50,11 @@ Start it again:   python -m experiments.run --config runs/tiny.pretrain/config.j
   --profile FIRST:LAST  write an XProf trace of these steps to WORKDIR/profile
   --virtual_devices N   N devices on the CPU; a recipe for one device splits its batch over them (parallel.data=N).
                         One per core trains fastest; more simulate a mesh
+  --simulate_hosts N    N processes on this machine that share the virtual devices, 8 of them unless said otherwise
+  --coordinator HOST:PORT, --num_processes N, --process_id I
+                        one of N processes on several hosts; SLURM and Kubernetes say so by themselves. HOST:PORT is
+                        process 0's, which uses the next port too; --virtual_devices are then those of each process
+  --host_timeout S      seconds to wait for the other processes at the start; default 300
   --debug               show the traceback of an error
   --list                list the recipes and stop
 """
@@ -71,21 +77,28 @@ def main(argv: Sequence[str]) -> int:
     if options.list:
         print(list_recipes(), end="")
         return EXIT_DONE
-    prepare_environment(os.environ, virtual_devices=options.virtual_devices)
     # Grain looks at absl's own flags, which nobody parses here.
     flags.FLAGS.mark_as_parsed()
     started = False
     try:
-        experiment, workdir = _resolve(options, positional)
+        if options.simulate_hosts and not options.print_config:
+            return launch.simulate(argv, options)
+        cluster = launch.find(options, os.environ)
+        prepare_environment(os.environ, virtual_devices=options.virtual_devices)
+        devices = launch.total_virtual_devices(options, cluster)
+        experiment, workdir = _resolve(options, positional, devices)
         if options.print_config:
             from deepseek_jax.config_io import format_config
 
             print(format_config(experiment), end="")
             return EXIT_DONE
         profile = _profile_steps(options.profile)
-        _check_workdir(workdir, experiment, resume=options.resume)
+        speaks = cluster is None or cluster.process_id == 0
+        _check_workdir(workdir, experiment, resume=options.resume, speaks=speaks)
         started = True
-        return _run(experiment, workdir, options, profile)
+        # Only when all have checked the folder and are here may one of them write to it.
+        with launch.joined(cluster, experiment, workdir, options):
+            return _run(experiment, workdir, profile, resume=options.resume, virtual_devices=devices, speaks=speaks)
     except KeyboardInterrupt as interrupt:
         number = getattr(interrupt, "signal", signal.SIGINT)
         return _fail(str(interrupt) or "interrupted before there was anything to save", 128 + number)
@@ -107,11 +120,12 @@ def _options() -> flags.FlagValues:
     for name in ("workdir", "config", "profile", "init_from"):
         flags.DEFINE_string(name, None, "", flag_values=options)
     flags.DEFINE_integer("virtual_devices", 0, "", lower_bound=0, flag_values=options)
+    launch.define_flags(options)
     return options
 
 
-def _resolve(options: flags.FlagValues, positional: Sequence[str]) -> tuple[Any, str]:
-    """The experiment and the folder that the command line asks for."""
+def _resolve(options: flags.FlagValues, positional: Sequence[str], virtual_devices: int) -> tuple[Any, str]:
+    """The experiment and the folder that the command line asks for; `virtual_devices` are those of all processes."""
     if len(positional) > 1:
         raise UsageError(f"one recipe at a time, not {' '.join(positional)}; values are changed with --set path=value")
     if options.config and positional:
@@ -141,8 +155,8 @@ def _resolve(options: flags.FlagValues, positional: Sequence[str]) -> tuple[Any,
         early = [change for change in options.set if change.startswith(("tokenizer.", "data."))]
         experiment = starting_from(override_all(experiment, early), options.init_from)
     experiment = override_all(experiment, options.set)
-    if options.virtual_devices > 1 and math.prod(experiment.parallel.shape) == 1:
-        experiment = override_all(experiment, [f"parallel.data={options.virtual_devices}"])
+    if virtual_devices > 1 and math.prod(experiment.parallel.shape) == 1:
+        experiment = override_all(experiment, [f"parallel.data={virtual_devices}"])
     return experiment, workdir
 
 
@@ -161,8 +175,8 @@ def _profile_steps(text: str | None) -> tuple[int, int] | None:
     return parse_steps(text)
 
 
-def _check_workdir(workdir: str, experiment: Any, *, resume: bool) -> None:
-    """Refuses to start over in a run's folder; says what a resumed run changes of its config."""
+def _check_workdir(workdir: str, experiment: Any, *, resume: bool, speaks: bool) -> None:
+    """Refuses to start over in a run's folder; says, where it `speaks`, what a resumed run changes of its config."""
     from deepseek_jax.config import ConfigError
     from deepseek_jax.config_io import diff
     from deepseek_jax.paths import local_path
@@ -176,7 +190,7 @@ def _check_workdir(workdir: str, experiment: Any, *, resume: bool) -> None:
         )
     if resume and not found:
         raise UsageError(f"--resume: {workdir} holds no run to continue")
-    if resume and CONFIG_NAME in found:
+    if resume and speaks and CONFIG_NAME in found:
         try:
             changes = diff(_load(f"{workdir}/{CONFIG_NAME}"), experiment)
         except ConfigError as error:  # a recipe may continue what an older version began
@@ -186,16 +200,23 @@ def _check_workdir(workdir: str, experiment: Any, *, resume: bool) -> None:
             print(f"resuming with {path} = {now}, was {before}", file=sys.stderr)
 
 
-def _run(experiment: Any, workdir: str, options: flags.FlagValues, profile: tuple[int, int] | None) -> int:
+def _run(
+    experiment: Any,
+    workdir: str,
+    profile: tuple[int, int] | None,
+    *,
+    resume: bool,
+    virtual_devices: int,
+    speaks: bool,
+) -> int:
     from deepseek_jax.training.loop import train
 
-    result = train(experiment, workdir=workdir, resume=options.resume, profile=profile)
+    result = train(experiment, workdir=workdir, resume=resume, profile=profile)
     if result.status == "interrupted":
         number = getattr(result, "signal", None) or signal.SIGINT
-        resume = f"--resume --workdir {workdir}"
-        if options.virtual_devices:
-            resume += f" --virtual_devices {options.virtual_devices}"
-        print(f"stopped by {signal.Signals(number).name}; {resume} goes on", file=sys.stderr)
+        again = f"--resume --workdir {workdir}" + (f" --virtual_devices {virtual_devices}" if virtual_devices else "")
+        if speaks:
+            print(f"stopped by {signal.Signals(number).name}; {again} goes on", file=sys.stderr)
         return 128 + number
     return EXIT_DONE
 
@@ -338,4 +359,9 @@ def _fail(message: str, code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        exit_code = main(sys.argv[1:])
+    except Exception:  # a bug
+        traceback.print_exc()
+        exit_code = EXIT_FAILED
+    launch.leave(exit_code)

@@ -19,7 +19,8 @@ from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.mesh import ParallelConfig, make_mesh
 from deepseek_jax.parallel.placement import ParameterLayout, place
 from deepseek_jax.parallel.sharding import BATCH_SPEC
-from deepseek_jax.training.step import Hyperparameters, StepConfig, Trainer, TrainState
+from deepseek_jax.training.step import Hyperparameters, Trainer, TrainState
+from deepseek_jax.training.step_config import StepConfig
 
 ATTENTION = AttentionConfig(
     num_heads=2, q_lora_rank=12, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8

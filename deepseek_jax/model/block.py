@@ -30,6 +30,8 @@ SAVED_ACTIVATIONS = (
     "dispatch_plan",
     "dispatched_rows",
     "gate_up",
+    "mtp_embedding",
+    "mtp_out",
     "cross_entropy_gradients",
 )
 """What a layer keeps for its backward pass under selective recomputation: all but norms, MLA's up-projections, SwiGLU

@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.block import Block
@@ -38,6 +39,8 @@ class MTPModule(nnx.Module):
         """
         joined = jnp.concatenate([self.embedding_norm(embedding), self.hidden_norm(hidden)], axis=-1)
         x, balance_loss, stats = self.block(self.projection(joined), ctx)
+        # Or the experts' outputs would travel again for the backward pass of the norm.
+        x = checkpoint_name(x, "mtp_out")
         return self.final_norm(x), balance_loss, stats
 
 

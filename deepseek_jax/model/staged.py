@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.model.block import SAVED_ACTIVATIONS
 from deepseek_jax.model.context import LayerContext
@@ -86,8 +87,9 @@ def staged_model(
         for depth in range(1, model.config.mtp_depth + 1):
             module = _bind(model.mtp, jax.tree.map(lambda leaf, d=depth: leaf[d - 1], params["mtp"]))
             embedding = vocabulary.lookup(params["embedding"]["weight"], shift_left(batch.tokens[:, :-1], depth))
+            embedding = checkpoint_name(embedding.astype(x.dtype), "mtp_embedding")  # not summed over pipe again
             depth_ctx = dataclasses.replace(ctx, valid=shift_left(ctx.valid, depth, False))
-            hidden, balance_loss, stats = module(hidden, embedding.astype(x.dtype), depth_ctx)
+            hidden, balance_loss, stats = module(hidden, embedding, depth_ctx)
             mtp_sum += loss_sum(hidden, head, batch, depth)
             aux += balance_loss
             counted.append(stats)

@@ -75,6 +75,7 @@ class ShardedVocabulary:
 
     axis: str = "pipe"
 
+    @jax.named_scope("lookup")
     def lookup(self, weight: jax.Array, tokens: jax.Array) -> jax.Array:
         """See `Vocabulary`.
 
@@ -84,6 +85,7 @@ class ShardedVocabulary:
         self._check_varying(embedding=weight)
         return _sum_parts(ops.lookup(weight, tokens, self._offset(weight.shape[0])), self.axis)
 
+    @jax.named_scope("cross_entropy")
     def cross_entropy_sum(
         self, hidden: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.Array, *, chunk: int | None = None
     ) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from deepseek_jax.config import ModelConfig, require
 from deepseek_jax.data.config import DataConfig, TokenizerConfig
@@ -65,9 +66,23 @@ class LoggingConfig:
     tensorboard: bool = True
     wandb: str | None = None
     """Weights & Biases project; none logs nothing there."""
+    watchdog_seconds: float | None = None
+    """A process that makes no step for so long prints what its threads are at and ends the run; evaluations,
+    checkpoints and compilations may take four times as long. 0: never; none: half an hour where there are several
+    processes, which hang without a word when one is stuck, and never for one alone."""
 
     def __post_init__(self):
         require(self.every_steps >= 1, f"logging.every_steps must be at least 1, not {self.every_steps}")
+        require(
+            self.watchdog_seconds is None or 0 <= self.watchdog_seconds < math.inf,
+            f"logging.watchdog_seconds must be a number of seconds, 0 or none, not {self.watchdog_seconds}",
+        )
+
+    def watchdog_limit(self, processes: int) -> float:
+        """Seconds without a step after which each of so many processes ends; 0 for never."""
+        if self.watchdog_seconds is not None:
+            return self.watchdog_seconds
+        return 1800.0 if processes > 1 else 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +106,8 @@ class Experiment:
     """Decides initial weights and the order of data."""
     mask_documents: bool = False
     """Keep attention and predictions within each packed document (SFT). Pre-training does not (section 4.1)."""
+    force_balanced_routing: bool = False
+    """Send tokens to experts in turn, whatever the router says: for benchmarks of speed. Nothing useful is learnt."""
     balance_from_routed: bool = False
     """Take the balance loss's fractions from the routed experts, not from the top-K of the raw scores."""
 

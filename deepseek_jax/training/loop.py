@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding
 
+from deepseek_jax.config import require
 from deepseek_jax.config_io import to_dict
 from deepseek_jax.data import check_vocab, merge_states, train_rows
 from deepseek_jax.data.corpus import forget_corpora
@@ -29,6 +31,7 @@ from deepseek_jax.training.experiment import Experiment
 from deepseek_jax.training.finish import HeldoutEvaluator, finish_run
 from deepseek_jax.training.init_from import first_state
 from deepseek_jax.training.metrics import MetricsWriter, check_wandb
+from deepseek_jax.training.opening import opening_lines
 from deepseek_jax.training.profiling import StepTrace, measure_matmul_peak
 from deepseek_jax.training.progress import Progress, TrainingClock, human_count
 from deepseek_jax.training.signals import Signals, name_of
@@ -42,7 +45,10 @@ from deepseek_jax.training.start import (
     save_beginnings,
     with_absolute_directory,
 )
-from deepseek_jax.training.step import Hyperparameters, StepConfig, StepMetrics, Trainer, TrainState
+from deepseek_jax.training.step import Hyperparameters, StepMetrics, Trainer, TrainState
+from deepseek_jax.training.step_config import step_config
+from deepseek_jax.training.step_record import dispatch_record, step_record
+from deepseek_jax.training.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,22 +66,14 @@ class RunResult:
 
 def make_trainer(experiment: Experiment) -> Trainer:
     """The trainer of an experiment on this process's devices."""
-    config = StepConfig(
-        microbatch_rows=experiment.parallel.microbatch_rows,
-        recompute=experiment.parallel.recompute,
-        unroll_layers=experiment.parallel.unroll_layers,
-        compute_dtype=jnp.dtype(experiment.precision.compute),
-        mask_documents=experiment.mask_documents,
-        balance_weight=experiment.schedule.balance_weight,
-        balance_from_routed=experiment.balance_from_routed,
-        clip_norm=experiment.optimizer.clip_norm,
-    )
+    stages = experiment.parallel.pipe
+    require(stages == 1, f"parallel.pipe={stages} is not available yet: set it to 1, the other axes can be more")
     return Trainer(
         Transformer(experiment.model),
         place(experiment.model, stages=experiment.parallel.pipe),
         make_mesh(experiment.parallel),
         experiment.optimizer.make,
-        config,
+        step_config(experiment),
     )
 
 
@@ -179,8 +177,12 @@ class _Run:
         self.peak_flops = measure_matmul_peak(experiment.precision.compute) * jax.process_count()
         self.flops_per_token = training_flops_per_token(experiment.model, experiment.data.sequence_length)
         self.clock = TrainingClock()
+        limit = experiment.logging.watchdog_limit(jax.process_count())
+        self.watchdog = Watchdog(limit, process=jax.process_index())
         self.compiled: set[tuple[int, ...]] = set()
         """Batch shapes that a step was compiled for."""
+        self.untimed_tokens = 0
+        """Of steps since the last log that ran while the clock was stopped."""
         self.progress: Progress
 
     def __enter__(self):
@@ -195,8 +197,9 @@ class _Run:
         experiment, schedule = self.experiment, self.experiment.schedule
         metric, heldout, logged = None, None, (self.clock(), tokens)
         last = tokens >= schedule.total_tokens
-        self.progress = Progress(schedule.total_tokens, start_tokens=tokens, clock=self.clock)
-        with self.progress:
+        quiet = jax.process_index() != 0
+        self.progress = Progress(schedule.total_tokens, start_tokens=tokens, quiet=quiet, clock=self.clock)
+        with self.progress, self.watchdog:
             self._announce(step, tokens)
             while not last and self._agree_to_stop(signals) is None:
                 try:
@@ -209,6 +212,7 @@ class _Run:
                 step, tokens = step + 1, tokens + batch.tokens
                 self.guard.watch(step, metrics, batch.host)
                 self.progress.advance(tokens)
+                self.watchdog.beat(step)
                 last = tokens >= schedule.total_tokens or batch.is_last
                 if step % experiment.logging.every_steps == 0 or last or step == 1:
                     logged = self._log(step, tokens, metrics, hyper, batch, logged)
@@ -220,13 +224,20 @@ class _Run:
             if step != self.saved_step:
                 self.save(state, step, tokens, metric)
             if (number := self._agree_to_stop(signals)) is not None:
-                self.store.wait()
+                with self._no_step():
+                    self.store.wait()
                 done = f"saved step {step} ({human_count(tokens)} tokens) to {self.store.directory}"
                 self.progress.log(f"{name_of(number)}: {done if step else 'nothing to save before a step'}")
             elif tokens < schedule.total_tokens:
                 ended = f"the data ended after {human_count(tokens)} of {human_count(schedule.total_tokens)} tokens"
                 self.progress.log(f"{ended}: data.epochs is {experiment.data.epochs}")
         return state, step, tokens, heldout
+
+    @contextlib.contextmanager
+    def _no_step(self) -> Iterator[None]:
+        """What happens within is no training: its time does not count, and it may take longer than a step."""
+        with self.clock.paused(), self.watchdog.slow():
+            yield
 
     def _agree_to_stop(self, signals: Signals) -> int | None:
         """The signal that came to any process: the processes leave after the same step, or they would wait forever."""
@@ -261,14 +272,14 @@ class _Run:
     def save(self, state: TrainState, step: int, tokens: int, metric: float | None) -> None:
         """Starts a checkpoint; a non-finite loss since the last check, or a non-finite state, raises instead."""
         self.guard.check()
-        with self.clock.paused():
+        with self._no_step():
             self.guard.check_state(state)
             self._save(state, step, tokens, metric)
 
     def _save(self, state: TrainState, step: int, tokens: int, metric: float | None) -> None:
         place = {"step": step, "tokens": tokens, "seconds": round(time.monotonic() - self.started, 1)}
         documents = {
-            "meta": {**self.identity, **place, "seed": self.experiment.seed},
+            "meta": {**self.identity, **place, "seed": self.experiment.seed, "room": self.trainer.room.get_state()},
             "data": merge_states(hosts.gather(self.rows.get_state())),
             "config": to_dict(self.experiment),
         }
@@ -282,7 +293,9 @@ class _Run:
             return self.trainer.step(state, batch, hyper)
         self.compiled.add(shape)
         jax.block_until_ready(state)  # the steps that still run are training
-        with self.clock.paused():
+        if len(self.trainer.dispatchers(shape)) > 1:  # waits for the step as well
+            self.untimed_tokens += shape[0] * (shape[1] - 1)
+        with self._no_step():
             return self.trainer.step(state, batch, hyper)
 
     def _hyperparameters(self, tokens: int) -> Hyperparameters:
@@ -298,27 +311,24 @@ class _Run:
         self.guard.check()
         values = jax.device_get(metrics)
         now = self.clock()
-        rate = (tokens - logged[1]) / max(now - logged[0], 1e-9)
-        scalars = {
-            "loss": values.loss,
-            "loss_main": values.loss_main,
-            "loss_mtp": values.loss_mtp,
-            "loss_balance": values.loss_balance,
-            "grad_norm": values.grad_norm,
-            "learning_rate": hyper.learning_rate,
-            "mtp_weight": hyper.mtp_weight,
-            "bias_rate": hyper.bias_rate,
+        timed, self.untimed_tokens = tokens - logged[1] - self.untimed_tokens, 0
+        rate = max(timed, 0) / max(now - logged[0], 1e-9)
+        record = {
+            **step_record(values, hyper),
+            **dispatch_record(values, self.trainer, batch.device.tokens.shape),
             "batch_rows": batch.rows,
             "tokens_per_second": rate,
             "mfu": rate * self.flops_per_token / self.peak_flops,
         }
-        share = values.load / np.maximum(values.load.sum(axis=1, keepdims=True), 1)
-        vectors = {"max_vio": values.max_vio, "load": np.round(share, 6)}
-        self.writer.write(step, {**scalars, **vectors}, tokens=tokens)
-        shown = {"loss": scalars["loss_main"], "lr": scalars["learning_rate"], "grad": scalars["grad_norm"]}
+        if self.experiment.force_balanced_routing:
+            record["forced_balance"] = True
+        self.writer.write(step, record, tokens=tokens)
+        shown = {"loss": record["loss_main"], "lr": record["learning_rate"], "grad": record["grad_norm"]}
         if values.max_vio.size:
             shown["MaxVio"] = float(values.max_vio.mean())
-        shown["MFU"] = scalars["mfu"]
+        if self.trainer.room.reruns:
+            shown["reruns"] = self.trainer.room.reruns
+        shown["MFU"] = record["mfu"]
         self.progress.report(step, tokens, shown)
         return self.clock(), tokens
 
@@ -341,7 +351,7 @@ class _Run:
     ) -> float | None:
         """Held-out bits per byte; shown, and written as the step's, unless `show` is off."""
         self.guard.check()
-        with self.clock.paused():
+        with self._no_step():
             result = self.evaluator(state, complete=complete)
             if result is None:
                 return None
@@ -354,15 +364,14 @@ class _Run:
             return result.bits_per_byte
 
     def _announce(self, step: int, tokens: int) -> None:
-        device = jax.devices()[0]
-        count = sum(leaf.size for leaf in jax.tree.leaves(self.trainer.params_layout.abstract()))
-        self.progress.log(
-            f"{human_count(count)} parameters on {jax.device_count()} x {device.device_kind}; "
-            f"{self.flops_per_token / 1e6:,.1f} MFLOP per token, matmul peak {self.peak_flops / 1e9:,.0f} GFLOP/s; "
-            f"{human_count(max(self.experiment.schedule.total_tokens - tokens, 0))} tokens to go"
-        )
-        if mismatch := self.experiment.schedule.mismatch():
-            self.progress.log(f"warning: {mismatch}")
+        for line in opening_lines(
+            self.experiment,
+            self.trainer,
+            tokens=tokens,
+            flops_per_token=self.flops_per_token,
+            peak_flops=self.peak_flops,
+        ):
+            self.progress.log(line)
         if self.resume_step is not None:
             where = f"resumed from step {step}" if step else "no checkpoint yet, so from the beginning"
             self.progress.log(f"{where} ({self.store.directory})")

@@ -55,7 +55,8 @@ class TrainingClock:
 class Progress:
     """Shows steps, loss, rate and time left of a run of `total_tokens`; a context manager.
 
-    A resumed run passes `start_tokens`, what was seen before it; `total_steps` is shown where it is known.
+    A resumed run passes `start_tokens`, what was seen before it; `total_steps` is shown where it is known. A `quiet`
+    one shows nothing: of several processes one speaks.
     """
 
     def __init__(
@@ -65,17 +66,18 @@ class Progress:
         total_steps: int | None = None,
         start_tokens: int = 0,
         console: Console | None = None,
+        quiet: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._total_tokens, self._total_steps = total_tokens, total_steps
-        self._console = console or Console(highlight=False)
+        self._console = console or Console(highlight=False, quiet=quiet)
         self._clock = clock
         self._mark = (clock(), start_tokens)
         self._reports = 0
         self._rate = 0.0
         """Tokens per second, smoothed."""
         self._bar: RichProgress | None = None
-        if self._console.is_terminal:
+        if self._console.is_terminal and not quiet:
             columns = (BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f}% | {task.fields[text]}"))
             self._bar = RichProgress(*columns, console=self._console, refresh_per_second=4)
             self._task = self._bar.add_task("", total=total_tokens, completed=start_tokens, text="compiling")

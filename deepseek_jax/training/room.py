@@ -41,11 +41,11 @@ class RoomControl:
         self.reruns += 1
         self._patience = min(2 * self._patience, 64 * PATIENCE)
 
-    def fitted(self, ladder: Sequence[Dispatcher], demand: np.ndarray) -> None:
-        """A step had room, and would have needed `demand` (see `Traffic`, its largest on any device)."""
+    def fitted(self, ladder: Sequence[Dispatcher], demand: np.ndarray, tokens: int | None = None) -> None:
+        """A step of `tokens` a device had room, and needed `demand` (see `Traffic`; its largest on any device)."""
         place = self.used = self.setting(ladder)
         smaller = ladder[place - 1] if place else None
-        if not isinstance(smaller, ExchangeDispatcher) or not smaller.fits(np.ceil(MARGIN * demand)):
+        if not isinstance(smaller, ExchangeDispatcher) or not smaller.fits(demand, tokens=tokens, margin=MARGIN):
             self._calm = 0
             return
         self._calm += 1

@@ -17,18 +17,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax import ops
-from deepseek_jax.compat import to_varying
+from deepseek_jax.compat import to_varying, varying_axes
 from deepseek_jax.model.parameters import RouterBias, parameter_specs
 from deepseek_jax.model.staged import staged_model
 from deepseek_jax.model.targets import Microbatch, targets
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.dispatch import (
     Dispatcher,
-    DispatcherName,
     ExpertMesh,
     LocalDispatcher,
     check_experts,
@@ -38,13 +38,14 @@ from deepseek_jax.parallel.dispatch import (
 from deepseek_jax.parallel.mesh import AXES, BATCH_AXES
 from deepseek_jax.parallel.pipeline import LossScales, Schedule, StagedModel, pipeline
 from deepseek_jax.parallel.pipeline.executor import Outputs
-from deepseek_jax.parallel.pipeline.protocol import LayerStats, Recompute
+from deepseek_jax.parallel.pipeline.protocol import LayerStats
 from deepseek_jax.parallel.placement import KINDS, ParameterLayout, Placement
 from deepseek_jax.parallel.sharding import BATCH_SPEC, largest_over, mesh_axes_of, sum_over
 from deepseek_jax.parallel.vocabulary import ShardedVocabulary, WholeVocabulary, check_vocabulary
 from deepseek_jax.parallel.zero import gather, reduce_scatter
 from deepseek_jax.training.balance import max_violation, update_bias
 from deepseek_jax.training.room import RoomControl
+from deepseek_jax.training.step_config import StepConfig
 from deepseek_jax.tree import Tree, flatten, map_leaves, unflatten
 
 
@@ -91,26 +92,6 @@ class StepMetrics(NamedTuple):
     """int32 `[hops + 1]`: the most that any layer needed room for anywhere; see `Traffic`."""
     lost: jax.Array
     """int32 scalar: rows without room. Unless it is 0, the step changed nothing and is to be run again with more."""
-
-
-@dataclasses.dataclass(frozen=True)
-class StepConfig:
-    """The choices that shape the compiled step."""
-
-    microbatch_rows: int | None = None
-    recompute: Recompute = "selective"
-    unroll_layers: int = 1
-    compute_dtype: Any = jnp.float32
-    mask_documents: bool = False
-    balance_weight: float = 1e-4
-    balance_from_routed: bool = False
-    force_balance: bool = False
-    clip_norm: float = 1.0
-    zero: bool = True
-    dispatcher: DispatcherName | None = None
-    capacity: float = 1.5
-    dispatch_dtype: Any = None
-    """dtype in which tokens travel between devices; None: the compute dtype."""
 
 
 class Trainer:
@@ -176,7 +157,7 @@ class Trainer:
             state, metrics = self._step(state, batch, hyper, self.room.setting(ladder))
             lost, demand = jax.device_get((metrics.lost, metrics.demand))
             if not lost:
-                self.room.fitted(ladder, demand)
+                self.room.fitted(ladder, demand, self._microbatch_tokens(batch.tokens.shape))
                 return state, metrics
             self.room.overflowed(ladder)
 
@@ -195,12 +176,11 @@ class Trainer:
 
     def dispatchers(self, shape: tuple[int, ...]) -> tuple[Dispatcher, ...]:
         """The ladder of settings for a global batch of this shape, `[rows, S + 1]`."""
-        rows = shape[0] // math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
         return dispatchers(
             self.config.dispatcher,
             self.model.config.moe,
             self._experts,
-            tokens=self._microbatch_rows(rows) * (shape[1] - 1),
+            tokens=self._microbatch_tokens(shape),
             slack=self.config.capacity,
             alignment=ops.preferred_alignment(),
             wire=self.config.dispatch_dtype,
@@ -222,12 +202,11 @@ class Trainer:
 
     def _sharded_step(self, state, batch, hyper, setting: int = 0):
         specs, dispatcher = self.state_specs(), self.dispatchers(batch.tokens.shape)[setting]
-        out: dict[str, Any] = dict.fromkeys(StepMetrics._fields, P()) | {"received": P(None, BATCH_AXES)}
         return jax.shard_map(
             functools.partial(self._device_step, dispatcher),
             mesh=self.mesh,
             in_specs=(specs, BATCH_SPEC, P()),
-            out_specs=(specs, StepMetrics(**out)),
+            out_specs=(specs, P()),
         )(state, batch, hyper)
 
     def _sharded_evaluate(self, state, batch, setting: int = 0):
@@ -248,12 +227,13 @@ class Trainer:
             balance=self.config.balance_weight / counts["sequences"],
         )
         outputs, gradients = run.value_and_grad(*self._local_weights(state), microbatches, scales)
-        received = sum_over(self._by_layer(outputs, lambda stats: stats.traffic.received)[:, None], ("pipe",))
-        outputs = outputs._replace(
-            loss=sum_over(outputs.loss),
-            sums=jax.tree.map(sum_over, outputs.sums),
-            stats={kind: _over_devices(stats) for kind, stats in outputs.stats.items()},
-        )
+        with jax.named_scope("sum_outputs"):
+            received = self._on_all_devices(self._by_layer(outputs, lambda stats: stats.traffic.received))
+            outputs = outputs._replace(
+                loss=sum_over(outputs.loss),
+                sums=jax.tree.map(sum_over, outputs.sums),
+                stats={kind: _over_devices(stats) for kind, stats in outputs.stats.items()},
+            )
         gradients = self._reduce(self._restack(gradients))
         grad_norm = self._global_norm(gradients)
         clip = jnp.minimum(1, self.config.clip_norm / grad_norm)
@@ -275,6 +255,11 @@ class Trainer:
         lost = sum_over(self._by_layer(outputs, lambda stats: stats.traffic.lost).sum(dtype=jnp.int32))
         return sum_over(outputs.sums["loss_main"]), self._counts(batch)["labels"], lost
 
+    def _microbatch_tokens(self, shape: tuple[int, ...]) -> int:
+        """Tokens of a microbatch on a device, of a global batch `[rows, S + 1]`."""
+        rows = shape[0] // math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+        return self._microbatch_rows(rows) * (shape[1] - 1)
+
     def _microbatch_rows(self, rows: int) -> int:
         """Rows of a microbatch, where a device has `rows`."""
         size = min(self.config.microbatch_rows or rows, rows)
@@ -291,6 +276,7 @@ class Trainer:
             self.staged(dispatcher), schedule, recompute=self.config.recompute, unroll_layers=self.config.unroll_layers
         )
 
+    @jax.named_scope("count_labels")
     def _counts(self, batch: Microbatch) -> dict[str, jax.Array]:
         """Labels and non-empty sequences of the whole global batch, at least 1 each."""
         labels = targets(batch, within_documents=self.config.mask_documents).weights.sum()
@@ -300,6 +286,7 @@ class Trainer:
             "sequences": jnp.maximum(sum_over(sequences, BATCH_AXES), 1),
         }
 
+    @jax.named_scope("gather_weights")
     def _local_weights(self, state: TrainState) -> tuple[Tree, Tree]:
         """This device's whole weights in the compute dtype, varying over every axis, stacks as `[slot, ...]`."""
 
@@ -323,6 +310,7 @@ class Trainer:
     def _restack(self, gradients: Tree) -> Tree:
         return {k: map_leaves(lambda g: g[None], tree) if k in KINDS else tree for k, tree in gradients.items()}
 
+    @jax.named_scope("reduce_gradients")
     def _reduce(self, gradients: Tree) -> Tree:
         """Sums each gradient over the axes along which its parameter has copies; a rank keeps what it is to update."""
         partition, splits = self.params_layout.partition(), self.params_layout.splits()
@@ -336,9 +324,15 @@ class Trainer:
             for name in gradients
         }
 
+    @jax.named_scope("grad_norm")
     def _global_norm(self, gradients: Tree) -> jax.Array:
-        squares = [sum_over(jnp.sum(jnp.square(g))) for g in flatten(gradients).values()]
-        return jnp.sqrt(sum(squares))
+        """The norm of all gradients together: every number counts once, wherever its one copy is."""
+        by_axes: dict[frozenset[str], list[jax.Array]] = {}
+        for gradient in flatten(gradients).values():
+            square = jnp.sum(jnp.square(gradient))
+            by_axes.setdefault(varying_axes(square), []).append(square)
+        # One sum over devices for all that are split alike.
+        return jnp.sqrt(sum(sum_over(jnp.stack(squares).sum()) for squares in by_axes.values()))
 
     def _update_bias(self, bias: Tree, stats: dict[str, LayerStats], rate: jax.Array | np.float32) -> Tree:
         """Moves every router's bias `[1, slot, E]` by its kind's loads `[slot, E]`."""
@@ -352,6 +346,12 @@ class Trainer:
         """One leaf of the stats of all layers with experts, MTP modules last: `[layers, ...]`."""
         found = [leaf(outputs.stats[kind]) for kind in KINDS if kind in outputs.stats]
         return jnp.concatenate(found) if found else jnp.zeros((0, 1), jnp.int32)
+
+    def _on_all_devices(self, counts: jax.Array) -> jax.Array:
+        """Every device's counts int32 `[layers]`, on all devices: `[layers, devices that share a batch]`."""
+        devices = math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+        mine = jnp.arange(devices) == lax.axis_index(BATCH_AXES)
+        return sum_over(jnp.where(mine, counts.reshape(-1, 1), 0))
 
     def _metrics(
         self, outputs: Outputs, counts: dict[str, jax.Array], grad_norm: jax.Array, received: jax.Array

@@ -1,5 +1,6 @@
 """Every mesh and every portable dispatcher take the steps of one device: losses, gradients, loads and biases."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,7 +12,11 @@ from small_model import gradient_descent, hyperparameters, initial_state, packed
 
 from deepseek_jax.parallel.mesh import ParallelConfig
 from deepseek_jax.parallel.sharding import BATCH_SPEC
-from deepseek_jax.tree import flatten, unflatten
+from deepseek_jax.training import canonical
+from deepseek_jax.training.checkpoint import CheckpointStore
+from deepseek_jax.training.optimizer import OptimizerConfig
+from deepseek_jax.training.room import RoomControl
+from deepseek_jax.tree import flatten
 
 CONFIG = small(num_layers=2, moe={"num_experts": 16, "experts_per_token": 4})
 STEPS, LENGTH, RATE = 10, 12, 0.2
@@ -60,16 +65,17 @@ def runner(mesh: str | None, dtype, optimizer=gradient_descent, **changes):
     )
 
 
+def with_bias(run, state, bias: np.ndarray):
+    """The state with every router's bias set to `bias` `[E]`."""
+    set_to = lambda old: jax.device_put(np.broadcast_to(bias, old.shape).astype(old.dtype), old.sharding)  # noqa: E731
+    return dataclasses.replace(state, router_bias=jax.tree.map(set_to, state.router_bias))
+
+
 @functools.cache
 def course(mesh: str | None, kind: str, dtype=jnp.float64, optimizer=gradient_descent):
     """Ten steps: metrics of each, and the last state."""
     run = runner(mesh, dtype, optimizer)
-    state = initial_state(run, dtype)
-    bias = {name: jnp.broadcast_to(routing(kind), leaf.shape) for name, leaf in flatten(state.router_bias).items()}
-    placed = jax.tree.map(
-        lambda b, old: jax.device_put(b.astype(dtype), old.sharding), unflatten(bias), state.router_bias
-    )
-    state = state.__class__(state.params, placed, state.opt_state, state.step)
+    state = with_bias(run, initial_state(run, dtype), routing(kind))
     hyper = hyperparameters(learning_rate=RATE, bias_rate=0.01, dtype=dtype)
     seen = []
     for batch in batches():
@@ -97,3 +103,110 @@ def test_float64_steps_equal_those_of_one_device(mesh, kind):
     for name, value in flatten(one_state.params).items():
         np.testing.assert_allclose(flatten(many_state.params)[name], value, rtol=1e-9, atol=1e-12, err_msg=name)
     assert many_state.step == STEPS
+
+
+def test_a_float32_step_from_fixed_routing_agrees():
+    """To 1e-5, with AdamW's moments split over eight ranks; later steps part, since one flipped choice changes all."""
+    batch, hyper, after = packed(CONFIG, [[13]] * 8, length=LENGTH), hyperparameters(), []
+    for mesh in (None, "nodes, two hops"):
+        run = runner(mesh, jnp.float32, OptimizerConfig().make)
+        state = with_bias(run, initial_state(run), routing("skewed"))
+        after.append(run.step(state, placed(run, batch), hyper))
+    (one_state, one), (many_state, many) = after
+    np.testing.assert_array_equal(many.load, one.load)
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(getattr(many, name), getattr(one, name), rtol=1e-5)
+    for name, moment in flatten(one_state.opt_state[0].mu).items():
+        other, scale = flatten(many_state.opt_state[0].mu)[name], np.abs(moment).max()
+        np.testing.assert_allclose(other, moment, rtol=1e-5, atol=1e-5 * scale, err_msg=name)
+
+
+# --- too little room ------------------------------------------------------------------------------------------------
+
+
+def placed(run, batch):
+    return jax.device_put(batch, NamedSharding(run.mesh, BATCH_SPEC))
+
+
+def test_a_step_without_room_changes_nothing_and_says_so():
+    """Parameters, moments, biases and step number stay bit for bit; the same batch then runs with more room."""
+    run = runner("experts", jnp.float32, OptimizerConfig().make, capacity=1.0)
+    state = with_bias(run, initial_state(run), routing("skewed"))
+    before = jax.tree.map(np.array, state)
+    ladder = run.dispatchers((8, LENGTH + 1))
+    assert len(ladder) == 3
+    batch, hyper = placed(run, packed(CONFIG, [[13]] * 8, length=LENGTH)), hyperparameters()
+    state, metrics = run._step(state, batch, hyper, 0)
+    assert int(metrics.lost) > 0
+    assert not ladder[0].fits(np.asarray(metrics.demand))
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.array, state), before)
+    run.room = RoomControl()
+    run.room.set_state({"setting": 0, "calm": 0, "patience": 2})
+    state, metrics = run.step(state, batch, hyper)
+    assert (int(metrics.lost), int(state.step), run.room.used) == (0, 1, 2)
+    assert run.room.reruns == 2
+    assert ladder[2].fits(np.asarray(metrics.demand))
+    # Twelve tokens of eight devices, each with two of its four experts on either of two devices.
+    np.testing.assert_array_equal(np.asarray(metrics.demand), [12, 8 * 12 * 2])
+    state, _ = run.step(state, batch, hyper)
+    assert run.room.reruns == 2, "the second step begins with the room that the first one needed"
+
+
+def test_held_out_text_is_evaluated_with_enough_room():
+    one, many = runner(None, jnp.float32), runner("experts", jnp.float32, capacity=1.0)
+    batch = packed(CONFIG, [[13]] * 8, length=LENGTH)
+    (loss, labels), (wanted, count) = (
+        run.evaluate(with_bias(run, initial_state(run), routing("skewed")), placed(run, batch)) for run in (many, one)
+    )
+    assert int(labels) == int(count) == 96
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+
+
+# --- state that exists once ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mesh", ["replicas", "many replicas of experts", "nodes, two hops"])
+def test_masters_and_moments_exist_once(mesh):
+    """ZeRO-1: of every matrix whose size divides, no number is on two devices; without it, on all that compute it."""
+    parallel, _ = MESHES[mesh]
+    copies = {}
+    for zero in (True, False):
+        run = trainer(CONFIG, parallel=parallel, optimizer=OptimizerConfig().make, zero=zero)
+        state = initial_state(run)
+        for part, tree in {"params": state.params, "mu": state.opt_state[0].mu}.items():
+            for name, array in flatten(tree).items():
+                held = sum(shard.data.size for shard in array.addressable_shards)
+                copies[zero, part, name] = held / array.size
+    for (zero, _, name), count in copies.items():
+        experts = ".experts." in name
+        everywhere = parallel.data if experts else 8
+        if not zero or "scale" in name:
+            assert count == everywhere, name
+        else:
+            # Two matrices have no dimension that eight divides: 12 rows of a latent, 28 columns.
+            assert count == 1 or (count == 2 and everywhere == 8), (name, count)
+
+
+def test_every_mesh_takes_up_what_another_left(tmp_path):
+    """A checkpoint of 8 devices restores on 2, and that of 2 on 4: every weight, moment and bias bit for bit."""
+    meshes = ["nodes, two hops", ParallelConfig(data=2), ParallelConfig(data=2, expert=2)]
+    runs = [
+        runner(mesh, jnp.float32, OptimizerConfig().make)
+        if isinstance(mesh, str)
+        else quickly(trainer(CONFIG, parallel=mesh, optimizer=OptimizerConfig().make))
+        for mesh in meshes
+    ]
+    state, batch = initial_state(runs[0], seed=3), packed(CONFIG, [[13]] * 8, length=LENGTH)
+    written: dict[str, np.ndarray] = {}
+    for number, run in enumerate(runs):
+        if number:
+            with CheckpointStore(tmp_path / str(number - 1)) as store:
+                state = canonical.from_canonical(run, store.restore(1, canonical.templates(run)), number)
+            for name, array in canonical.to_canonical(run, state).items():
+                np.testing.assert_array_equal(np.asarray(array), written[name], err_msg=name)
+        state, metrics = run.step(state, placed(run, batch), hyperparameters())
+        assert np.isfinite(metrics.loss)
+        entries = canonical.to_canonical(run, state)
+        written = {name: np.asarray(array) for name, array in entries.items()}
+        with CheckpointStore(tmp_path / str(number)) as store:
+            store.save(1, entries, {"meta": {"step": 1}})

@@ -20,7 +20,7 @@ from deepseek_jax.training.experiment import Experiment
 from deepseek_jax.training.loop import make_trainer
 from deepseek_jax.training.optimizer import OptimizerConfig
 from deepseek_jax.training.schedules import ScheduleConfig, constant
-from deepseek_jax.training.step import StepConfig
+from deepseek_jax.training.step_config import StepConfig
 
 MODEL = small(num_layers=1, num_dense_layers=1, mtp_depth=0)
 

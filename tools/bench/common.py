@@ -14,8 +14,11 @@ ROWS, LENGTH = 8, 512
 """Sequences of a batch, and the tokens that each predicts."""
 
 
-def make_trainer(config: ModelConfig, **step_options):
-    """A trainer on all devices, a batch of random tokens, and the scalars of a step; jax starts here."""
+def make_trainer(config: ModelConfig, axes: dict[str, int] | None = None, **step_options):
+    """A trainer on all devices, a batch of random tokens, and the scalars of a step; jax starts here.
+
+    `axes` lays the devices out (`ParallelConfig`'s); by default they are data ranks.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -25,9 +28,10 @@ def make_trainer(config: ModelConfig, **step_options):
     from deepseek_jax.parallel.mesh import ParallelConfig, make_mesh
     from deepseek_jax.parallel.placement import place
     from deepseek_jax.training.optimizer import OptimizerConfig
-    from deepseek_jax.training.step import Hyperparameters, StepConfig, Trainer
+    from deepseek_jax.training.step import Hyperparameters, Trainer
+    from deepseek_jax.training.step_config import StepConfig
 
-    mesh = make_mesh(ParallelConfig(data=jax.device_count()))
+    mesh = make_mesh(ParallelConfig(**(axes or {"data": jax.device_count()})))
     optimizer = OptimizerConfig().make
     trainer = Trainer(Transformer(config), place(config), mesh, optimizer, StepConfig(**step_options))
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, LENGTH + 1)).astype(np.int32)

@@ -49,11 +49,20 @@ class ExchangeDispatcher:
         """What `Traffic.demand` may come to, over all rounds: rows for one destination of each hop, and rows here."""
         return (*(self.rounds * hop.capacity for hop in self.hops), self.rounds * self.pairs)
 
-    def fits(self, demand: np.ndarray) -> bool:
-        """Whether there is room for a demand as `Traffic` has it, over all rounds."""
-        *sent, pairs = demand * 1.0 / self.rounds
-        rows = all(hop.holds(most, pairs) for hop, most in zip(self.hops, sent, strict=True))
-        return rows and self.pairs >= pairs
+    def fits(self, demand: np.ndarray, *, tokens: int | None = None, margin: float = 1.0) -> bool:
+        """Whether there is room, over all rounds, for `margin` times a demand as `Traffic` has it.
+
+        With `tokens` of a device, no more counts than they could ever come to.
+        """
+        *sent, pairs = margin * demand / self.rounds
+        limit = tokens
+        for place, hop in enumerate(self.hops):
+            if limit is not None:
+                sent[place] = min(sent[place], limit / self.rounds)
+                limit *= hop.size
+            if not hop.holds(sent[place], pairs):
+                return False
+        return bool(self.pairs >= pairs)
 
     def plan(self, experts: jax.Array) -> tuple[tuple[RoundPlan, ...], Traffic]:
         """See `Dispatcher`. The choices travel here, and nowhere else."""
