@@ -117,6 +117,7 @@ def _shared_trainer(run: Experiment) -> Trainer:
         precision=run.precision,
         mask_documents=run.mask_documents,
         balance_from_routed=run.balance_from_routed,
+        force_balanced_routing=run.force_balanced_routing,
     )
     return _cached_trainer(same)
 

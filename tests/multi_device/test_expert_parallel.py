@@ -121,6 +121,31 @@ def test_a_float32_step_from_fixed_routing_agrees():
         np.testing.assert_allclose(other, moment, rtol=1e-5, atol=1e-5 * scale, err_msg=name)
 
 
+def test_microbatches_of_an_expert_mesh_add_up():
+    """Two of one row on each device, the last one short, are one batch: sums over both, and the larger demand."""
+    batch = packed(CONFIG, [[13]] * 9 + [[5]] + [[]] * 6, length=LENGTH)
+    after = []
+    with jax.enable_x64(True):
+        for mesh, changes in ((None, {}), ("nodes, two hops", {"microbatch_rows": 1})):
+            run = runner(mesh, jnp.float64, **changes)
+            state = with_bias(run, initial_state(run, jnp.float64), routing("random"))
+            after.append(run.step(state, placed(run, batch), hyperparameters(dtype=jnp.float64)))
+    (one_state, one), (many_state, many) = after
+    np.testing.assert_array_equal(many.load, one.load)
+    np.testing.assert_array_equal(many.load.sum(axis=1), [4 * (9 * 12 + 5), 4 * (9 * 11 + 4)])
+    np.testing.assert_allclose(many.grad_norm, one.grad_norm, rtol=1e-9)
+    for name, value in flatten(one_state.params).items():
+        np.testing.assert_allclose(flatten(many_state.params)[name], value, rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+def test_initial_weights_do_not_depend_on_the_mesh():
+    """Nor on how masters are split: they are drawn from names and global shapes."""
+    one = flatten(runner(None, jnp.float32).params_layout.initial(3))
+    for mesh in ("nodes, two hops", "many replicas of experts"):
+        for name, value in flatten(runner(mesh, jnp.float32).params_layout.initial(3)).items():
+            np.testing.assert_array_equal(value, one[name], err_msg=name)
+
+
 # --- too little room ------------------------------------------------------------------------------------------------
 
 
