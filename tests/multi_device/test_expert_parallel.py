@@ -22,14 +22,21 @@ CONFIG = small(num_layers=2, moe={"num_experts": 16, "experts_per_token": 4})
 STEPS, LENGTH, RATE = 10, 12, 0.2
 
 MESHES = {
+    "one, one hop": (ParallelConfig(), "all_to_all"),
+    "one, two hops": (ParallelConfig(), "two_hop"),
     "replicas": (ParallelConfig(data=8), None),
+    "replicas, one hop": (ParallelConfig(data=8), "all_to_all"),
+    "replicas, two hops": (ParallelConfig(data=8), "two_hop"),
     "experts": (ParallelConfig(expert=8), "all_to_all"),
     "experts, two hops": (ParallelConfig(expert=8), "two_hop"),
     "replicas of experts": (ParallelConfig(data=2, expert=4), "all_to_all"),
+    "replicas of experts, two hops": (ParallelConfig(data=2, expert=4), "two_hop"),
     "many replicas of experts": (ParallelConfig(data=4, expert=2), "all_to_all"),
+    "many replicas of experts, two hops": (ParallelConfig(data=4, expert=2), "two_hop"),
     "nodes": (ParallelConfig(node=2, expert=4), "all_to_all"),
     "nodes, two hops": (ParallelConfig(node=2, expert=4), "two_hop"),
 }
+"""Layouts, and by what tokens reach experts; two of them have only one device for all experts, and hop in place."""
 
 
 def routing(kind: str) -> np.ndarray:
