@@ -1,4 +1,4 @@
-"""Varying mesh axes inside `shard_map`, in one place, because jax renames this part of its interface now and then."""
+"""What jax renames now and then, in one place: varying mesh axes inside `shard_map`, and the parts of a scan."""
 
 from __future__ import annotations
 
@@ -26,3 +26,11 @@ def to_varying(x: Any, axes: str | Sequence[str]) -> Any:
         return lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.tree.map(cast, x)
+
+
+def scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
+    """How many of a scan's inputs are constants, and how many carries, from its equation's parameters."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constants, carries, _ = params["ft_in"].unpack()  # since jax 0.11
+    return len(list(constants)), len(list(carries))

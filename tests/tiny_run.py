@@ -26,6 +26,7 @@ from deepseek_jax.training.checkpoint import CheckpointStore
 from deepseek_jax.training.experiment import CheckpointConfig, EvaluationConfig, Experiment, LoggingConfig
 from deepseek_jax.training.finish import HeldoutEvaluator
 from deepseek_jax.training.optimizer import OptimizerConfig
+from deepseek_jax.training.room import RoomControl
 from deepseek_jax.training.schedules import Curve, Phase, ScheduleConfig, constant, stepped
 from deepseek_jax.training.step import Trainer, TrainState
 
@@ -119,7 +120,9 @@ def _shared_trainer(run: Experiment) -> Trainer:
         balance_from_routed=run.balance_from_routed,
         force_balanced_routing=run.force_balanced_routing,
     )
-    return _cached_trainer(same)
+    trainer = _cached_trainer(same)
+    trainer.room, trainer._compiled = RoomControl(), set()  # as if no run had used it
+    return trainer
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from absl import app, flags
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.config import ConfigError
+from deepseek_jax.config import ConfigError, require
 from deepseek_jax.config_io import override_all
 from deepseek_jax.model.targets import Microbatch
 from deepseek_jax.parallel.sharding import BATCH_SPEC
@@ -29,13 +30,16 @@ from deepseek_jax.training.step import Hyperparameters
 from experiments.run import UsageError, find_recipe
 
 SET = flags.DEFINE_multi_string("set", [], "change one value of the recipe: parallel.expert=8")
+SETTING = flags.DEFINE_integer(
+    "setting", None, "the place in the ladder of room for tokens; none: the one that runs begin with", lower_bound=0
+)
 MICROBATCHES = flags.DEFINE_integer("microbatches", 1, "microbatches of the step that is compiled", lower_bound=1)
 DUMP = flags.DEFINE_string("dump", None, "write the compiled program to this file")
 
 COLLECTIVES = ("all-to-all", "ragged-all-to-all", "all-gather", "reduce-scatter", "all-reduce", "collective-permute")
 
 
-def compile_step(experiment: Experiment, microbatches: int):
+def compile_step(experiment: Experiment, microbatches: int, setting: int | None = None):
     """The compiled step of an experiment on H200s, over a batch of so many microbatches a device.
 
     Raises:
@@ -47,8 +51,12 @@ def compile_step(experiment: Experiment, microbatches: int):
     shape = (rows, experiment.data.sequence_length + 1)
     split, everywhere = (NamedSharding(trainer.mesh, spec) for spec in (BATCH_SPEC, P()))
     batch = Microbatch(*(jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split) for _ in Microbatch._fields))
-    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
-    return trainer.lower(abstract_state(trainer), batch, Hyperparameters(scalar, scalar, scalar)).compile()
+    scalar: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
+    ladder = trainer.dispatchers(shape)
+    setting = trainer.room.setting(ladder) if setting is None else setting
+    require(setting < len(ladder), f"--setting={setting}: the ladder has {len(ladder)}, counted from 0")
+    hyper = Hyperparameters(scalar, scalar, scalar)
+    return trainer.lower(abstract_state(trainer), batch, hyper, setting).compile()
 
 
 def count_collectives(program: str) -> dict[str, int]:
@@ -65,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         experiment = override_all(find_recipe(argv[1])(), SET.value)
         begin = time.perf_counter()
-        compiled = compile_step(experiment, MICROBATCHES.value)
+        compiled = compile_step(experiment, MICROBATCHES.value, SETTING.value)
     except (ConfigError, UsageError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax import ops
@@ -114,16 +116,32 @@ class MoE(nnx.Module):
         if ctx.valid is not None:  # all padding is alike, and would crowd the same few experts
             experts = jnp.where(ctx.valid.reshape(-1, 1), experts, NO_EXPERT)
         with jax.named_scope("dispatch_plan"):
-            plan, traffic = dispatcher.plan(experts)
-        y = jnp.zeros_like(tokens)
-        for number in range(dispatcher.rounds):
+            plans, traffic = dispatcher.plan(experts)
+        graphdef, mine = nnx.split(self.experts)
+
+        def one_round(plan: Any) -> jax.Array:
             with jax.named_scope("dispatch"):
-                inputs = dispatcher.dispatch(tokens, routing.weights, plan, number)
-            if number == 0 and self.shared is not None:  # while tokens travel
-                with jax.named_scope("shared_experts"):
-                    y = self.shared(tokens)
+                inputs = dispatcher.dispatch(tokens, routing.weights, plan)
             with jax.named_scope("routed_experts"):
-                outputs = self.experts(inputs, dispatcher.alignment)
+                outputs = nnx.merge(graphdef, mine)(inputs, dispatcher.alignment)
             with jax.named_scope("combine"):
-                y = y + dispatcher.combine(outputs, inputs.handle)
+                return dispatcher.combine(outputs, inputs.handle)
+
+        with jax.named_scope("shared_experts"):  # needs no token to travel
+            y = jnp.zeros_like(tokens) if self.shared is None else self.shared(tokens)
+        y = add_rounds(y, one_round, plans)
         return MoEOutput(y.reshape(x.shape), balance_loss, LayerStats(load, traffic))
+
+
+def add_rounds(y: jax.Array, one_round: Callable[[Any], jax.Array], plans: tuple) -> jax.Array:
+    """`y` and what every round adds to it.
+
+    Several rounds are for routing that is far from even, and must not need several times the memory: only one's buffers
+    exist at a time, forward and backward, so the backward pass sends and computes each round again.
+    """
+    if len(plans) == 1:
+        return y + one_round(plans[0])
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *plans)
+    nothing = jax.checkpoint_policies.nothing_saveable
+    step = jax.checkpoint(lambda y, plan: y + one_round(plan), policy=nothing, prevent_cse=False)
+    return lax.scan(lambda y, plan: (step(y, plan), None), y, stacked)[0]

@@ -59,8 +59,9 @@ def _kept_groups(biased: jax.Array, config: MoEConfig) -> jax.Array:
 
 
 def balanced_experts(tokens: int, config: MoEConfig) -> jax.Array:
-    """Experts int32 `[T, K]` in turn, whatever the scores: each gets its even share, each token its limit of groups.
+    """Experts int32 `[T, K]` in turn, whatever the scores, within each token's limit of groups.
 
+    All get the same where K is a multiple of the groups of a token, as in every published model, and T of all turns.
     For benchmarks, whose routing would else be that of a model that was not trained.
     """
     groups = min(config.groups_per_token, config.experts_per_token)

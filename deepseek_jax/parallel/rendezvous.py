@@ -191,14 +191,22 @@ class _Leader(Session):
                     continue
                 link = key.data
                 hello = next(iter(link.read()), None)
-                if link.closed:  # it died, or was no process of ours; if it comes again, it is welcome
+                stranger = hello is not None and link.peer is None and hello["type"] != "hello"
+                if link.closed or stranger:  # it died, or was no process of ours; if it comes again, it is welcome
                     self._drop(link)
                 elif hello is not None:
                     if (wrong := self._welcome(link, hello)) is not None:
                         link.send({"type": "refuse", "message": wrong})
                         return wrong
                     differences[hello["process_id"]] = _differences(mine, hello)
+        self._send_strangers_away()
         return self._disagreement({process: found for process, found in differences.items() if found})
+
+    def _send_strangers_away(self) -> None:
+        """Drops connections that never said who they are, such as a probe of the port's: all of ours are there."""
+        for key in list(self._selector.get_map().values()):
+            if isinstance(key.data, Link) and key.data.peer is None:
+                self._drop(key.data)
 
     def _welcome(self, link: Link, hello: dict) -> str | None:
         """Notes who is at the other end of `link`; returns what is wrong with that, or None."""

@@ -179,10 +179,7 @@ class _Run:
         self.clock = TrainingClock()
         limit = experiment.logging.watchdog_limit(jax.process_count())
         self.watchdog = Watchdog(limit, process=jax.process_index())
-        self.compiled: set[tuple[int, ...]] = set()
-        """Batch shapes that a step was compiled for."""
-        self.untimed_tokens = 0
-        """Of steps since the last log that ran while the clock was stopped."""
+        trainer.compiling = self._no_step
         self.progress: Progress
 
     def __enter__(self):
@@ -208,7 +205,7 @@ class _Run:
                     break
                 hyper = self._hyperparameters(tokens)
                 with trace.step(step + 1):
-                    state, metrics = self._step(state, batch.device, hyper)
+                    state, metrics = self.trainer.step(state, batch.device, hyper)
                 step, tokens = step + 1, tokens + batch.tokens
                 self.guard.watch(step, metrics, batch.host)
                 self.progress.advance(tokens)
@@ -286,18 +283,6 @@ class _Run:
         self.store.save(step, canonical.to_canonical(self.trainer, state), documents, metric=metric)
         self.saved_step = step
 
-    def _step(self, state: TrainState, batch: Microbatch, hyper: Hyperparameters) -> tuple[TrainState, StepMetrics]:
-        """Starts a step; where it is compiled for a new batch size first, that is no training time."""
-        shape = batch.tokens.shape
-        if shape in self.compiled:
-            return self.trainer.step(state, batch, hyper)
-        self.compiled.add(shape)
-        jax.block_until_ready(state)  # the steps that still run are training
-        if len(self.trainer.dispatchers(shape)) > 1:  # waits for the step as well
-            self.untimed_tokens += shape[0] * (shape[1] - 1)
-        with self._no_step():
-            return self.trainer.step(state, batch, hyper)
-
     def _hyperparameters(self, tokens: int) -> Hyperparameters:
         schedule = self.experiment.schedule
         return Hyperparameters(
@@ -311,8 +296,7 @@ class _Run:
         self.guard.check()
         values = jax.device_get(metrics)
         now = self.clock()
-        timed, self.untimed_tokens = tokens - logged[1] - self.untimed_tokens, 0
-        rate = max(timed, 0) / max(now - logged[0], 1e-9)
+        rate = (tokens - logged[1]) / max(now - logged[0], 1e-9)
         record = {
             **step_record(values, hyper),
             **dispatch_record(values, self.trainer, batch.device.tokens.shape),

@@ -7,10 +7,12 @@ file or in `parallel/`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
@@ -36,7 +38,7 @@ from deepseek_jax.parallel.dispatch import (
     dispatchers,
 )
 from deepseek_jax.parallel.mesh import AXES, BATCH_AXES
-from deepseek_jax.parallel.pipeline import LossScales, Schedule, StagedModel, pipeline
+from deepseek_jax.parallel.pipeline import LossScales, StagedModel, one_rank, pipeline
 from deepseek_jax.parallel.pipeline.executor import Outputs
 from deepseek_jax.parallel.pipeline.protocol import LayerStats
 from deepseek_jax.parallel.placement import KINDS, ParameterLayout, Placement
@@ -91,7 +93,8 @@ class StepMetrics(NamedTuple):
     demand: jax.Array
     """int32 `[hops + 1]`: the most that any layer needed room for anywhere; see `Traffic`."""
     lost: jax.Array
-    """int32 scalar: rows without room. Unless it is 0, the step changed nothing and is to be run again with more."""
+    """int32 scalar: the most rows of one layer on one device without room. Unless it is 0, the step changed nothing and
+    is to be run again with more."""
 
 
 class Trainer:
@@ -113,6 +116,9 @@ class Trainer:
         self.bias_layout = ParameterLayout(parameter_specs(model, RouterBias), placement, mesh)
         self.optimizer = optimizer(self.params_layout.specs)
         self.room, self._evaluation_room = RoomControl(), RoomControl()
+        self.compiling: Callable[[], AbstractContextManager] = contextlib.nullcontext
+        """Entered around a step that is compiled first: for what measures time."""
+        self._compiled: set[tuple[tuple[int, ...], int]] = set()
         self._step = jax.jit(self._sharded_step, donate_argnums=0, static_argnums=3)
         self._evaluate = jax.jit(self._sharded_evaluate, static_argnums=2)
 
@@ -152,14 +158,24 @@ class Trainer:
         """
         ladder = self.dispatchers(batch.tokens.shape)
         if len(ladder) == 1:
-            return self._step(state, batch, hyper, 0)
+            self.room.used = 0
+            return self._run(state, batch, hyper, 0)
         while True:
-            state, metrics = self._step(state, batch, hyper, self.room.setting(ladder))
+            state, metrics = self._run(state, batch, hyper, self.room.setting(ladder))
             lost, demand = jax.device_get((metrics.lost, metrics.demand))
             if not lost:
                 self.room.fitted(ladder, demand, self._microbatch_tokens(batch.tokens.shape))
                 return state, metrics
             self.room.overflowed(ladder)
+
+    def _run(self, state: TrainState, batch: Microbatch, hyper: Hyperparameters, setting: int):
+        shape = batch.tokens.shape
+        if (shape, setting) in self._compiled:
+            return self._step(state, batch, hyper, setting)
+        self._compiled.add((shape, setting))
+        jax.block_until_ready(state)  # the steps that still run are not part of it
+        with self.compiling():
+            return self._step(state, batch, hyper, setting)
 
     def evaluate(self, state: TrainState, batch: Microbatch) -> tuple[jax.Array, jax.Array]:
         """Sum of the main model's cross entropies (nats) over a batch, and the number of labels."""
@@ -176,6 +192,9 @@ class Trainer:
 
     def dispatchers(self, shape: tuple[int, ...]) -> tuple[Dispatcher, ...]:
         """The ladder of settings for a global batch of this shape, `[rows, S + 1]`."""
+        config = self.model.config
+        if not config.num_moe_layers and not config.mtp_depth:
+            return (LocalDispatcher(config.moe.num_experts),)  # nothing is ever sent
         return dispatchers(
             self.config.dispatcher,
             self.model.config.moe,
@@ -252,7 +271,7 @@ class Trainer:
         microbatches, run = self._microbatches(batch, dispatcher)
         zero = jnp.zeros((), jnp.float32)
         outputs = run.evaluate(*self._local_weights(state), microbatches, LossScales(zero, zero, zero))
-        lost = sum_over(self._by_layer(outputs, lambda stats: stats.traffic.lost).sum(dtype=jnp.int32))
+        lost = largest_over(self._by_layer(outputs, lambda stats: stats.traffic.lost).max(initial=0))
         return sum_over(outputs.sums["loss_main"]), self._counts(batch)["labels"], lost
 
     def _microbatch_tokens(self, shape: tuple[int, ...]) -> int:
@@ -271,9 +290,11 @@ class Trainer:
         rows = batch.tokens.shape[0]
         size = self._microbatch_rows(rows)
         split = jax.tree.map(lambda leaf: leaf.reshape(rows // size, size, *leaf.shape[1:]), batch)
-        schedule = Schedule("one_rank", ranks=1, microbatches=rows // size)
         return split, pipeline(
-            self.staged(dispatcher), schedule, recompute=self.config.recompute, unroll_layers=self.config.unroll_layers
+            self.staged(dispatcher),
+            one_rank(rows // size),
+            recompute=self.config.recompute,
+            unroll_layers=self.config.unroll_layers,
         )
 
     @jax.named_scope("count_labels")
@@ -369,11 +390,15 @@ class Trainer:
             received=received,
             crossed=self._by_layer(outputs, lambda stats: stats.traffic.crossed),
             demand=self._by_layer(outputs, lambda stats: stats.traffic.demand).max(axis=0, initial=0),
-            lost=self._by_layer(outputs, lambda stats: stats.traffic.lost).sum(dtype=jnp.int32),
+            lost=self._by_layer(outputs, lambda stats: stats.traffic.lost).max(initial=0),
         )
 
 
 def _over_devices(stats: LayerStats) -> LayerStats:
-    """A kind's stats of all devices together: sums, and of what is demanded at once the largest."""
-    total = jax.tree.map(sum_over, stats)
-    return total._replace(traffic=total.traffic._replace(demand=largest_over(stats.traffic.demand)))
+    """A kind's stats of all devices together: sums, and the largest of what is demanded at once, and of what is lost.
+
+    A sum of what all devices lose in a whole batch would overflow, and might come out as zero.
+    """
+    total, traffic = jax.tree.map(sum_over, stats), stats.traffic
+    worst = {"demand": largest_over(traffic.demand), "lost": largest_over(traffic.lost)}
+    return total._replace(traffic=total.traffic._replace(**worst))

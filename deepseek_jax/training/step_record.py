@@ -52,9 +52,10 @@ def dispatch_record(metrics: StepMetrics, trainer: Trainer, shape: tuple[int, ..
 
 
 def bytes_per_row(width: int, choices: int, item: int) -> int:
-    """Bytes that cross for one row from one device to another in a step: out and back, forward and backward.
+    """Bytes that must cross for one row from one device to another in a step: out and back, forward and backward.
 
-    A token with its weights and the numbers of its experts goes out, an output comes back; its gradient goes out, and
-    that of the token and of the weights comes back. `width` numbers of `item` bytes, `choices` of four.
+    Static buffers send empty slots besides, full recomputation sends the forward pass twice, and a step that ran again
+    counts once. A token with its weights and the numbers of its experts goes out, an output comes back; its gradient
+    goes out, and that of the token and of the weights comes back. `width` numbers of `item` bytes, `choices` of four.
     """
     return 4 * width * item + 3 * choices * 4

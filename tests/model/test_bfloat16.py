@@ -72,7 +72,7 @@ def test_choices_are_summed_in_float32_and_rounded_once():
     x = jnp.ones((1, 4), jnp.bfloat16)
 
     def rows(x):
-        return dispatcher.dispatch(x, jnp.ones(experts.shape), dispatcher.plan(experts)[0])
+        return dispatcher.dispatch(x, jnp.ones(experts.shape), dispatcher.plan(experts)[0][0])
 
     handle = rows(x).handle
     outputs = jnp.asarray([256, 1, 1, 1, 1, 1, 1, 0], jnp.bfloat16)[:, None] * x

@@ -44,10 +44,10 @@ def on_devices(node: int, expert: int, name: str, rung: int):
     mesh = mesh_of(np.array(jax.devices()[:size]).reshape(1, 1, node, expert))
 
     def layer(x, weights, matrices, experts):
-        plan, traffic = dispatcher.plan(experts)
+        plans, traffic = dispatcher.plan(experts)
         y = jnp.zeros_like(x)
-        for number in range(dispatcher.rounds):
-            y += combined(dispatcher, x, weights, matrices, plan, number)
+        for plan in plans:
+            y += combined(dispatcher, x, weights, matrices, plan)
         return y, traffic
 
     def device(x, experts, weights, matrices, cotangent):
@@ -65,9 +65,9 @@ def on_devices(node: int, expert: int, name: str, rung: int):
     return jax.jit(mapped), dispatcher
 
 
-def combined(dispatcher, x, weights, matrices, plan, number):
+def combined(dispatcher, x, weights, matrices, plan):
     """One round with an expert that multiplies by its matrix and the row's weight."""
-    inputs = dispatcher.dispatch(x, weights, plan, number)
+    inputs = dispatcher.dispatch(x, weights, plan)
     starts = (inputs.group_sizes + dispatcher.alignment - 1) // dispatcher.alignment * dispatcher.alignment
     ends = jnp.cumsum(starts)
     owner = jnp.minimum((jnp.arange(inputs.rows.shape[0])[:, None] >= ends).sum(axis=1), matrices.shape[0] - 1)
@@ -79,8 +79,8 @@ def oracle(x, experts, weights, matrices, cotangent):
     dispatcher = LocalDispatcher(EXPERTS)
 
     def loss(x, weights, matrices):
-        plan, _ = dispatcher.plan(experts)
-        y = combined(dispatcher, x, weights, matrices, plan, 0)
+        (plan,), _ = dispatcher.plan(experts)
+        y = combined(dispatcher, x, weights, matrices, plan)
         return (y * cotangent).sum(), y
 
     gradients, y = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(x, weights, matrices)
@@ -176,7 +176,7 @@ def test_packed_rows_lower_to_a_ragged_all_to_all_on_a_gpu():
         x, experts, weights = to_varying((x, experts, weights), SPLIT)
 
         def loss(x, weights):
-            plan, _ = dispatcher.plan(experts)
+            (plan,), _ = dispatcher.plan(experts)
             inputs = dispatcher.dispatch(x, weights, plan)
             return (dispatcher.combine(inputs.rows * inputs.weights[:, None].astype(x.dtype), inputs.handle) ** 2).sum()
 
@@ -216,10 +216,10 @@ def there_and_back(name: str):
 
     def device(x, experts):
         x, experts = to_varying((x, experts), SPLIT)
-        plan, traffic = dispatcher.plan(experts)
+        plans, traffic = dispatcher.plan(experts)
         y, seen = jnp.zeros_like(x), jnp.zeros(32 * EXPERTS, jnp.int32)
-        for number in range(dispatcher.rounds):
-            inputs = dispatcher.dispatch(x, jnp.ones(experts.shape, x.dtype), plan, number)
+        for plan in plans:
+            inputs = dispatcher.dispatch(x, jnp.ones(experts.shape, x.dtype), plan)
             y += dispatcher.combine(inputs.rows * inputs.weights[:, None], inputs.handle)
             group = (jnp.arange(inputs.rows.shape[0])[:, None] >= jnp.cumsum(inputs.group_sizes)).sum(axis=1)
             expert = jax.lax.axis_index(SPLIT) * (EXPERTS // 8) + group
@@ -249,7 +249,7 @@ def test_no_token_is_lost_and_none_computed_twice(experts, name):
     # Crossings between nodes: each token once to each other node that has an expert of it, here at most two of four.
     node = np.repeat(np.arange(4), 8)
     visited = np.stack([wanted[:, 4 * n : 4 * n + 4].any(axis=1) for n in range(4)], axis=1)
-    assert visited.sum(axis=1).max() <= 2
     visited[np.arange(32), node] = False
     if name == "two_hop":
         assert int(traffic.crossed[:, 0].sum()) == visited.sum()
+        assert np.asarray(traffic.crossed)[:, 0].max() <= 2 * 4, "four tokens of a device, to two nodes each"

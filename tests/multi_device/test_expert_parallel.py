@@ -8,7 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from small_model import gradient_descent, hyperparameters, initial_state, packed, quickly, small, trainer
+from small_model import (
+    QUICK,
+    abstract_state,
+    gradient_descent,
+    hyperparameters,
+    initial_state,
+    packed,
+    quickly,
+    small,
+    trainer,
+)
 
 from deepseek_jax.parallel.mesh import ParallelConfig
 from deepseek_jax.parallel.sharding import BATCH_SPEC
@@ -182,6 +192,32 @@ def test_a_step_without_room_changes_nothing_and_says_so():
     np.testing.assert_array_equal(np.asarray(metrics.demand), [12, 8 * 12 * 2])
     state, _ = run.step(state, batch, hyper)
     assert run.room.reruns == 2, "the second step begins with the room that the first one needed"
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_more_rounds_need_hardly_more_memory(recompute):
+    """Promise of the last setting: one round's buffers exist at a time, forward and backward."""
+    moe = {"num_experts": 32, "experts_per_token": 4, "expert_ffn_size": 64}
+    config = small(num_layers=1, num_dense_layers=0, mtp_depth=0, hidden_size=64, moe=moe)
+    run = trainer(config, parallel=ParallelConfig(expert=8), recompute=recompute)
+    batch = placed(run, packed(config, [[257]] * 8, length=256))
+    ladder = run.dispatchers(batch.tokens.shape)
+    assert [one.rounds for one in ladder] == [1, 1, 3]
+    state = abstract_state(run)
+    temporary = [
+        run.lower(state, batch, hyperparameters(), setting).compile(QUICK).memory_analysis().temp_size_in_bytes
+        for setting in (1, 2)
+    ]
+    assert temporary[1] < 1.3 * temporary[0], temporary
+
+
+def test_a_model_without_experts_trains_on_any_mesh():
+    config = small(num_layers=1, num_dense_layers=1, mtp_depth=0)
+    run = quickly(trainer(config, parallel=ParallelConfig(node=2, expert=4)))
+    state = initial_state(run)
+    for step in range(2):
+        state, metrics = run.step(state, placed(run, packed(config, [[13]] * 8, length=LENGTH)), hyperparameters())
+        assert (int(state.step), int(metrics.lost)) == (step + 1, 0)
 
 
 def test_held_out_text_is_evaluated_with_enough_room():

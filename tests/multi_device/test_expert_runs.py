@@ -27,7 +27,6 @@ from deepseek_jax.parallel.mesh import ParallelConfig, make_mesh
 from deepseek_jax.training import loop
 from deepseek_jax.training.experiment import CheckpointConfig, EvaluationConfig
 from deepseek_jax.training.opening import FORCED_BALANCE
-from deepseek_jax.training.room import RoomControl
 from deepseek_jax.training.schedules import constant
 
 STEPS, ROWS = 6, 8
@@ -56,15 +55,9 @@ def runs(tmp_path_factory):
         yield types.SimpleNamespace(base=base, root=tmp_path_factory.mktemp("runs"))
 
 
-def run(config, folder, **options):
-    """A run from a trainer that has seen no other run."""
-    loop.make_trainer(config).room = RoomControl()
-    return train(config, folder, **options)
-
-
 def test_a_run_writes_what_its_dispatch_cost_and_goes_on_bit_for_bit(runs):
     whole, parts = runs.root / "whole", runs.root / "parts"
-    result, printed = run(runs.base, whole)
+    result, printed = train(runs.base, whole)
     assert result.status == "done"
     assert "mesh node 2 x expert 2; tokens reach experts by two_hop; optimizer state once across data ranks" in printed
     written = records(whole, "train")
@@ -82,8 +75,8 @@ def test_a_run_writes_what_its_dispatch_cost_and_goes_on_bit_for_bit(runs):
         np.testing.assert_allclose(record["device_load"], by_device, atol=1e-5)
         assert "forced_balance" not in record
     with after_step(3, kill(signal.SIGTERM)):
-        assert run(runs.base, parts)[0].status == "interrupted"
-    assert run(runs.base, parts, resume=True)[0].status == "done"
+        assert train(runs.base, parts)[0].status == "interrupted"
+    assert train(runs.base, parts, resume=True)[0].status == "done"
     (arrays, documents), (others, other_documents) = checkpoint(whole, STEPS), checkpoint(parts, STEPS)
     assert_same_arrays(arrays, others)
     assert documents["meta"]["room"] == other_documents["meta"]["room"]
@@ -93,7 +86,7 @@ def test_a_run_writes_what_its_dispatch_cost_and_goes_on_bit_for_bit(runs):
 def test_forced_balance_is_even_and_cannot_be_overlooked(runs):
     config = dataclasses.replace(runs.base, force_balanced_routing=True)
     folder = runs.root / "forced"
-    _, printed = run(config, folder)
+    _, printed = train(config, folder)
     assert FORCED_BALANCE in printed
     written = records(folder, "train")
     assert all(record["forced_balance"] for record in written)

@@ -17,7 +17,7 @@ from deepseek_jax.model.parameters import RouterBias, abstract_values, parameter
 from deepseek_jax.model.staged import staged_model
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.mesh import AXES, BATCH_AXES, mesh_of
-from deepseek_jax.parallel.pipeline import LossScales, Schedule, pipeline
+from deepseek_jax.parallel.pipeline import LossScales, one_rank, pipeline
 from deepseek_jax.parallel.placement import KINDS
 from deepseek_jax.parallel.sharding import BATCH_SPEC, partition_spec, sum_over
 from deepseek_jax.parallel.vocabulary import ShardedVocabulary, WholeVocabulary, check_vocabulary
@@ -205,7 +205,7 @@ def values(tree, seed: int):
 def run_of(model, vocabulary, per_device=lambda x: x):
     """`value_and_grad` of the whole model over two microbatches of two rows, layers the same on every rank."""
     staged = staged_model(model, compute_dtype=jnp.float64, vocabulary=vocabulary)
-    run = pipeline(staged, Schedule("one_rank", ranks=1, microbatches=2), recompute="selective")
+    run = pipeline(staged, one_rank(2), recompute="selective")
 
     def value_and_grad(params, state, batch):
         scales = LossScales(*(jnp.asarray(x, jnp.float64) for x in (0.02, 0.01, 0.1)))

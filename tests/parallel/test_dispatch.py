@@ -33,7 +33,7 @@ def test_dispatch_then_combine_returns_every_token_k_times(experts, alignment):
     x = 1 + np.arange(tokens * WIDTH, dtype=np.float32).reshape(tokens, WIDTH)
     weights = 1 + jnp.arange(experts.size, dtype=jnp.float32).reshape(experts.shape)
     rows, row_weights, sizes, handle = dispatcher.dispatch(
-        jnp.asarray(x), weights, dispatcher.plan(jnp.asarray(experts))[0]
+        jnp.asarray(x), weights, dispatcher.plan(jnp.asarray(experts))[0][0]
     )
     assert sizes.tolist() == [int((experts == e).sum()) for e in range(EXPERTS)]
     # Each group holds its tokens, in order, from its aligned start; every other row is zero.
@@ -63,7 +63,7 @@ def test_gradients_equal_those_of_a_dense_sum(alignment):
 
         def dispatched(x, weights):
             dispatcher = LocalDispatcher(EXPERTS, alignment)
-            rows, row_weights, sizes, handle = dispatcher.dispatch(x, weights, dispatcher.plan(experts)[0])
+            rows, row_weights, sizes, handle = dispatcher.dispatch(x, weights, dispatcher.plan(experts)[0][0])
             ends = ops.group_starts(sizes, alignment)[:, None] + sizes[:, None]
             group = (jnp.arange(rows.shape[0]) >= ends).sum(axis=0)
             outputs = rows**2 * (jnp.append(scale, 0.0)[group] * row_weights)[:, None]
@@ -82,6 +82,8 @@ def test_the_buffer_holds_the_worst_routing():
     # One token per expert wastes most: every group is padded from 1 to 8 rows.
     dispatcher = LocalDispatcher(EXPERTS, 8)
     experts = jnp.arange(EXPERTS, dtype=jnp.int32)[None]
-    rows, _, sizes, _ = dispatcher.dispatch(jnp.ones((1, WIDTH)), jnp.ones(experts.shape), dispatcher.plan(experts)[0])
+    rows, _, sizes, _ = dispatcher.dispatch(
+        jnp.ones((1, WIDTH)), jnp.ones(experts.shape), dispatcher.plan(experts)[0][0]
+    )
     assert rows.shape[0] >= int(ops.group_starts(sizes, 8)[-1] + sizes[-1])
     assert int((rows != 0).any(axis=1).sum()) == EXPERTS

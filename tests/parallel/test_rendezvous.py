@@ -145,6 +145,28 @@ def test_strangers_are_sent_away(port):
     close_all([first, second])
 
 
+@pytest.mark.parametrize("words", [b"", b'{"type":"goodbye"}\n'], ids=["closes", "speaks"])
+def test_a_stranger_that_is_there_when_all_have_come_changes_nothing(port, words):
+    """A probe of the port that says nothing until then: the thread that sees processes die must outlive it."""
+    first = Process(port, 0, 2)
+    with connection.connect(Cluster(f"localhost:{port}", 2, 1), "process 0", 5.0) as stranger:
+        time.sleep(0.2)
+        second = Process(port, 1, 2)
+        with contextlib.suppress(OSError):
+            stranger.sendall(words)
+    time.sleep(0.2)
+    close_all([first, second])
+
+
+def test_a_stranger_of_another_type_is_sent_away(port):
+    first = Process(port, 0, 2)
+    with connection.connect(Cluster(f"localhost:{port}", 2, 1), "process 0", 5.0) as stranger:
+        stranger.sendall(b'{"type": "x"}\n')
+        stranger.settimeout(10)
+        assert stranger.recv(10) == b""
+    close_all([first, Process(port, 1, 2)])
+
+
 def test_one_that_died_while_it_waited_may_come_again(port):
     first = Process(port, 0, 3)
     hello = {"process_id": 1, "num_processes": 3, "pid": 1, "host": "a", "versions": {}, "settings": {}}

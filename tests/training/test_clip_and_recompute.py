@@ -11,7 +11,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from small_model import abstract_state, full, hyperparameters, initial_state, packed, run_step, small, trainer
 
-from deepseek_jax.parallel.pipeline import LossScales, Schedule, pipeline
+from deepseek_jax.parallel.pipeline import LossScales, one_rank, pipeline
 from deepseek_jax.parallel.pipeline.protocol import StagedModel
 from deepseek_jax.tree import flatten
 
@@ -130,7 +130,7 @@ def test_microbatches_add_their_gradients_in_float32():
         ),
     )
     batch = jnp.full((count, 1), 2.0**-10, jnp.bfloat16).at[0].set(1)
-    run = pipeline(model, Schedule("one_rank", ranks=1, microbatches=count))
+    run = pipeline(model, one_rank(count))
     params = {"head": {"weight": jnp.ones((1,), jnp.bfloat16)}}
     _, gradient = run.value_and_grad(params, {}, batch, LossScales(*jnp.ones(3)))
     total = gradient["head"]["weight"]

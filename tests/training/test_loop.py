@@ -374,18 +374,19 @@ def test_rates_are_of_training_time_alone(runs, tmp_path, monkeypatch):
 
     seen = set()
 
-    def compilation(trainer, state, batch, hyper):
+    def compilation(state, batch, hyper, setting):
         new = batch.tokens.shape not in seen
         seen.add(batch.tokens.shape)
         return 3600 * new
 
     takes(1, loop._Run, "next_batch")
-    takes(compilation, Trainer, "step")
+    logging = LoggingConfig(every_steps=3, tensorboard=False)
+    config = dataclasses.replace(runs.base, logging=logging)
+    takes(compilation, loop.make_trainer(config), "_step")
     takes(3600, HeldoutEvaluator, "__call__")
     takes(3600, CheckpointStore, "save")
     monkeypatch.setattr(loop, "TrainingClock", lambda: TrainingClock(lambda: time[0]))
-    logging = LoggingConfig(every_steps=3, tensorboard=False)
-    _, printed = train(dataclasses.replace(runs.base, logging=logging), tmp_path)
+    _, printed = train(config, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["kind"] == "train"]
     assert time[0] > 8 * 3600

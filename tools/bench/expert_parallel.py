@@ -117,10 +117,10 @@ def make_case(name: str, load: str):
     ladder = () if name == "all-gather" else dispatchers(name, MOE, ExpertMesh(NODES, 4), tokens=TOKENS, slack=1.5)
 
     def through(dispatcher, x, weights, experts):
-        plan, traffic = dispatcher.plan(experts)
+        plans, traffic = dispatcher.plan(experts)
         y = jnp.zeros_like(x)
-        for number in range(dispatcher.rounds):
-            inputs = dispatcher.dispatch(x, weights, plan, number)
+        for plan in plans:
+            inputs = dispatcher.dispatch(x, weights, plan)
             y += dispatcher.combine(inputs.rows * inputs.weights[:, None], inputs.handle)
         return y, traffic
 
@@ -231,6 +231,7 @@ def measure_step(side: str) -> float:
     import jax
 
     trainer, batch, hyper = make_trainer(zoo.bench(), axes, force_balance=True)
+    trainer.room.set_state({"setting": 0, "calm": 0, "patience": 50})  # where a run is once its routing is even
     state, seconds = trainer.initial_state(0), []
     for turn in range(10):
         begin = time.perf_counter()
@@ -290,7 +291,7 @@ def report(exchanges: list[dict], state: list[dict], steps: dict[str, list[float
         "",
         "## A train step",
         "",
-        f"`zoo.bench()`, {ROWS} × {LENGTH} tokens in all, float32, forced balance; medians of 8 steps in each of "
+        f"`zoo.bench()`, {ROWS} × {LENGTH} tokens, float32, forced balance, least room; medians of 8 steps in each of "
         f"{_TURNS.value} processes that take turns. The goal is at most 1.5 times the time of one device, the aim 1.3.",
         "",
         "| mesh | tokens/s | each turn | time to one device |",

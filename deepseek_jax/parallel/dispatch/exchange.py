@@ -50,19 +50,23 @@ class ExchangeDispatcher:
         return (*(self.rounds * hop.capacity for hop in self.hops), self.rounds * self.pairs)
 
     def fits(self, demand: np.ndarray, *, tokens: int | None = None, margin: float = 1.0) -> bool:
-        """Whether there is room, over all rounds, for `margin` times a demand as `Traffic` has it.
+        """Whether there is room for `margin` times a demand as `Traffic` has it.
 
-        With `tokens` of a device, no more counts than they could ever come to.
+        Rounds take rows as they come, so the first may get all that one round takes of a demand, and not its even
+        share. With `tokens` of a device, no more of them count than there are.
         """
-        *sent, pairs = margin * demand / self.rounds
-        limit = tokens
+        *sent, pairs = margin * demand
+        first = self.hops[0]
+        limit = float(sent[0]) if tokens is None else min(float(sent[0]), float(tokens))
+        share = min(1.0, first.capacity / max(limit, 1.0))  # of all rows, those of one round
+        if share * self.rounds < 1:
+            return False
         for place, hop in enumerate(self.hops):
-            if limit is not None:
-                sent[place] = min(sent[place], limit / self.rounds)
-                limit *= hop.size
-            if not hop.holds(sent[place], pairs):
+            most = min(limit, sent[place] if place else limit)
+            if not hop.holds(share * most, share * pairs):
                 return False
-        return bool(self.pairs >= pairs)
+            limit *= hop.size
+        return bool(self.pairs >= share * pairs)
 
     def plan(self, experts: jax.Array) -> tuple[tuple[RoundPlan, ...], Traffic]:
         """See `Dispatcher`. The choices travel here, and nowhere else."""
@@ -97,15 +101,14 @@ class ExchangeDispatcher:
         traffic = Traffic(received, as_array(crossed), lost + homeless, as_array([*demand, received + homeless]))
         return RoundPlan(tuple(legs), grouping, sizes), traffic
 
-    def dispatch(self, x: jax.Array, weights: jax.Array, plan: tuple[RoundPlan, ...], round: int = 0) -> Dispatched:
+    def dispatch(self, x: jax.Array, weights: jax.Array, plan: RoundPlan) -> Dispatched:
         """See `Dispatcher`."""
-        one = plan[round]
-        for hop, leg in zip(self.hops, one.legs, strict=True):
+        for hop, leg in zip(self.hops, plan.legs, strict=True):
             x = hop.send(x, leg, self.wire)
             weights = hop.send(weights, leg)
         # Named, so that a layer that is computed again for its backward pass need not send its tokens again.
         x, weights = (checkpoint_name(rows, "dispatched_rows") for rows in (x, weights))
-        return Dispatched(gather_tokens(x, one.grouping), gather_weights(weights, one.grouping), one.sizes, one)
+        return Dispatched(gather_tokens(x, plan.grouping), gather_weights(weights, plan.grouping), plan.sizes, plan)
 
     def combine(self, outputs: jax.Array, handle: RoundPlan) -> jax.Array:
         """See `Dispatcher`."""

@@ -2,12 +2,12 @@
 
 A dispatcher brings tokens to the experts that they chose, and the experts' outputs back:
 
-    plan, traffic = dispatcher.plan(experts)
-    for round in range(dispatcher.rounds):
-        inputs = dispatcher.dispatch(x, weights, plan, round)
+    plans, traffic = dispatcher.plan(experts)
+    for plan in plans:
+        inputs = dispatcher.dispatch(x, weights, plan)
         y += dispatcher.combine(my_experts(inputs), inputs.handle)
 
-The plan is made of integers and made once: the backward pass of dispatch is a combine and that of combine a dispatch,
+Plans are made of integers and made once: the backward pass of dispatch is a combine and that of combine a dispatch,
 with the same indices. Combine weights travel with their rows and multiply an expert's hidden activations, so that
 combining is a plain sum whose backward pass needs no expert outputs.
 """
@@ -57,16 +57,15 @@ class Dispatcher(Protocol):
         """Groups of rows start at multiples of this."""
         ...
 
-    @property
-    def rounds(self) -> int:
-        """How many times dispatch, experts and combine follow each other, each with a part of the tokens."""
+    def plan(self, experts: jax.Array) -> tuple[tuple[Any, ...], Traffic]:
+        """Where every row goes, for the choices int32 `[T, K]` of this device's tokens (or `NO_EXPERT`).
+
+        One plan for each round: dispatch, experts and combine follow each other as often, with a part of the tokens
+        each.
+        """
         ...
 
-    def plan(self, experts: jax.Array) -> tuple[Any, Traffic]:
-        """Where every row goes, for the choices int32 `[T, K]` of this device's tokens (or `NO_EXPERT`)."""
-        ...
-
-    def dispatch(self, x: jax.Array, weights: jax.Array, plan: Any, round: int = 0) -> Dispatched:
+    def dispatch(self, x: jax.Array, weights: jax.Array, plan: Any) -> Dispatched:
         """The rows that this device's experts compute in a round, of tokens `[T, D]` with weights `[T, K]`."""
         ...
 

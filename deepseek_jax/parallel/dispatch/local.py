@@ -105,22 +105,16 @@ class LocalDispatcher:
     num_experts: int
     alignment: int = 1
 
-    @property
-    def rounds(self) -> int:
-        """All at once."""
-        return 1
-
-    def plan(self, experts: jax.Array) -> tuple[LocalPlan, Traffic]:
-        """See `Dispatcher`; there is room for every pair."""
+    def plan(self, experts: jax.Array) -> tuple[tuple[LocalPlan], Traffic]:
+        """See `Dispatcher`; one round has room for every pair."""
         grouping, sizes, lost = group(experts, self.num_experts, capacity=experts.size, alignment=self.alignment)
         received = sizes.sum(dtype=jnp.int32)
         plan = LocalPlan(grouping, sizes)
         plan = jax.tree.map(lambda leaf: checkpoint_name(leaf, "dispatch_plan"), plan)
-        return plan, Traffic(received, jnp.zeros(0, jnp.int32), lost, received[None])
+        return (plan,), Traffic(received, jnp.zeros(0, jnp.int32), lost, received[None])
 
-    def dispatch(self, x: jax.Array, weights: jax.Array, plan: LocalPlan, round: int = 0) -> Dispatched:
+    def dispatch(self, x: jax.Array, weights: jax.Array, plan: LocalPlan) -> Dispatched:
         """See `Dispatcher`."""
-        del round
         grouping = plan.grouping
         return Dispatched(gather_tokens(x, grouping), gather_weights(weights, grouping), plan.sizes, grouping)
 

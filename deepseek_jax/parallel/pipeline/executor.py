@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deepseek_jax.config import require
 from deepseek_jax.parallel.pipeline.protocol import LayerStats, LossScales, Recompute, StagedModel
 from deepseek_jax.parallel.pipeline.schedule import Schedule
 from deepseek_jax.tree import Tree
@@ -50,7 +51,14 @@ def pipeline(
       schedule: the order of work; with one rank, microbatches follow each other and gradients accumulate.
       recompute: what the backward pass computes again instead of keeping it.
       unroll_layers: layers of one kind that the program holds one after the other before it repeats.
+
+    Raises:
+      ConfigError: the schedule is over several ranks.
     """
+    require(
+        schedule.ranks == 1,
+        f"schedule {schedule.name!r} over {schedule.ranks} pipeline ranks cannot be run yet: set parallel.pipe to 1",
+    )
     recomputing = functools.partial(_recomputing, model, recompute)
 
     def loss_of(params, state, batch, scales):
