@@ -30,7 +30,6 @@ SAVED_ACTIVATIONS = (
     "dispatch_plan",
     "dispatched_rows",
     "gate_up",
-    "mtp_embedding",
     "mtp_out",
     "cross_entropy_gradients",
 )

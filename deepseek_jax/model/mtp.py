@@ -13,9 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.block import Block
-from deepseek_jax.model.context import LayerContext
 from deepseek_jax.model.layers import Linear, RMSNorm
-from deepseek_jax.parallel.pipeline.protocol import LayerStats
 
 
 class MTPModule(nnx.Module):
@@ -29,24 +27,20 @@ class MTPModule(nnx.Module):
         self.block = Block(config)
         self.final_norm = RMSNorm(size, eps)
 
-    def __call__(
-        self, hidden: jax.Array, embedding: jax.Array, ctx: LayerContext
-    ) -> tuple[jax.Array, jax.Array, LayerStats]:
-        """hidden `[B, S, D]` of the previous depth, after its final norm, and embedding `[B, S, D]` of token i + k.
+    def join(self, hidden: jax.Array, embedding: jax.Array) -> jax.Array:
+        """What the layer reads `[B, S, D]`: hidden `[B, S, D]` of the previous depth, after its final norm, and the
+        embedding `[B, S, D]` of token i + k."""
+        return self.projection(jnp.concatenate([self.embedding_norm(embedding), self.hidden_norm(hidden)], axis=-1))
 
-        Returns the hidden state after this module's own final norm (for the head and for the next depth), the
-        balance loss and the stats.
-        """
-        joined = jnp.concatenate([self.embedding_norm(embedding), self.hidden_norm(hidden)], axis=-1)
-        x, balance_loss, stats = self.block(self.projection(joined), ctx)
+    def leave(self, x: jax.Array) -> jax.Array:
+        """The hidden state for the head and for the next depth: this module's own final norm of its layer's output."""
         # Or the experts' outputs would travel again for the backward pass of the norm.
-        x = checkpoint_name(x, "mtp_out")
-        return self.final_norm(x), balance_loss, stats
+        return self.final_norm(checkpoint_name(x, "mtp_out"))
 
 
 def shift_left(x: jax.Array, steps: int, fill: int = 0) -> jax.Array:
-    """x `[B, S]` moved `steps` positions towards the start; the freed end holds `fill`."""
+    """x `[B, S, ...]` moved `steps` positions towards the start; the freed end holds `fill`."""
     if steps == 0:
         return x
-    padded = jnp.full((x.shape[0], min(steps, x.shape[1])), fill, x.dtype)
+    padded = jnp.full((x.shape[0], min(steps, x.shape[1]), *x.shape[2:]), fill, x.dtype)
     return jnp.concatenate([x[:, steps:], padded], axis=1)

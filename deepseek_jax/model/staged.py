@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.model.block import SAVED_ACTIVATIONS
 from deepseek_jax.model.context import LayerContext
@@ -20,7 +19,7 @@ from deepseek_jax.model.mtp import shift_left
 from deepseek_jax.model.targets import Microbatch, targets
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.dispatch import Dispatcher
-from deepseek_jax.parallel.pipeline.protocol import LossScales, StagedModel
+from deepseek_jax.parallel.pipeline.protocol import Ahead, LossScales, StagedModel, Streams
 from deepseek_jax.parallel.vocabulary import Vocabulary, WholeVocabulary
 from deepseek_jax.tree import Tree
 
@@ -61,8 +60,18 @@ def staged_model(
             dtype=compute_dtype,
         )
 
-    def embed(params: Tree, batch: Microbatch) -> jax.Array:
-        return vocabulary.lookup(params["embedding"]["weight"], batch.tokens[:, :-1]).astype(compute_dtype)
+    def narrow(ctx: LayerContext, real: Any, ahead: Any) -> LayerContext:
+        valid = ctx.valid
+        assert valid is not None
+        if ahead is not None:
+            depth, is_module = ahead
+            shifted = shift_left(valid, depth, False)
+            valid = shifted if is_module is True else jnp.where(is_module, shifted, valid)
+        return dataclasses.replace(ctx, valid=valid if real is True else valid & real)
+
+    def embed(params: Tree, batch: Microbatch) -> Streams:
+        x = vocabulary.lookup(params["embedding"]["weight"], batch.tokens[:, :-1]).astype(compute_dtype)
+        return Streams(x, x if model.config.mtp_depth else None)
 
     def layer_function(stack: nnx.Module):
         graphdef = nnx.graphdef(stack)
@@ -79,30 +88,34 @@ def staged_model(
         weights = weights.astype(jnp.promote_types(weights.dtype, hidden.dtype))
         return vocabulary.cross_entropy_sum(hidden, head, labels.reshape(-1), weights.reshape(-1))
 
-    def finish(params: Tree, x: jax.Array, batch: Microbatch, ctx, scales: LossScales):
-        hidden = _bind(model.final_norm, params["final_norm"])(x)
-        head = (params["embedding"]["weight"].T if model.head is None else params["head"]["weight"]).astype(x.dtype)
-        main_sum = loss_sum(hidden, head, batch, 0)
-        mtp_sum, aux, counted = jnp.zeros_like(main_sum), jnp.zeros_like(main_sum), []
-        for depth in range(1, model.config.mtp_depth + 1):
-            module = _bind(model.mtp, jax.tree.map(lambda leaf, d=depth: leaf[d - 1], params["mtp"]))
-            embedding = vocabulary.lookup(params["embedding"]["weight"], shift_left(batch.tokens[:, :-1], depth))
-            embedding = checkpoint_name(embedding.astype(x.dtype), "mtp_embedding")  # not summed over pipe again
-            depth_ctx = dataclasses.replace(ctx, valid=shift_left(ctx.valid, depth, False))
-            hidden, balance_loss, stats = module(hidden, embedding, depth_ctx)
-            mtp_sum += loss_sum(hidden, head, batch, depth)
-            aux += balance_loss
-            counted.append(stats)
+    def join(k: int, params: Tree, ends: Tree, hidden: jax.Array, embedding: jax.Array) -> jax.Array:
+        if k == 0:
+            hidden = _bind(model.final_norm, ends["final_norm"])(hidden)
+        return _bind(model.mtp, params).join(hidden, shift_left(embedding, k + 1))
+
+    def leave(params: Tree, x: jax.Array) -> jax.Array:
+        return _bind(model.mtp, params).leave(x)
+
+    def finish(params: Tree, hidden: tuple, batch: Microbatch, scales: LossScales):
+        main, *ahead = hidden
+        head = (params["embedding"]["weight"].T if model.head is None else params["head"]["weight"]).astype(main.dtype)
+        main_sum = loss_sum(_bind(model.final_norm, params["final_norm"])(main), head, batch, 0)
+        mtp_sum = jnp.zeros_like(main_sum)
+        for depth, x in enumerate(ahead, 1):
+            mtp_sum += loss_sum(x, head, batch, depth)
         loss = scales.main * main_sum + scales.mtp * mtp_sum
-        sums = {"loss_main": main_sum, "loss_mtp": mtp_sum}
-        return loss, sums, aux, {"mtp": jax.tree.map(lambda *leaves: jnp.stack(leaves), *counted)} if counted else {}
+        return loss, {"loss_main": main_sum, "loss_mtp": mtp_sum}
 
     layers = {kind: getattr(model, kind) for kind in ("dense", "moe")}
     return StagedModel(
         context=context,
+        narrow=narrow,
         embed=embed,
         layers={kind: layer_function(stack) for kind, stack in layers.items() if stack is not None},
         finish=finish,
+        ahead=Ahead(model.config.mtp_depth, join, leave) if model.config.mtp_depth else None,
+        shared_ends=("final_norm",),
+        split_ends=("embedding", "head"),
         saved_activations=SAVED_ACTIVATIONS,
     )
 

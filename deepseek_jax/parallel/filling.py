@@ -33,10 +33,12 @@ class StackFiller:
             self._boxes[name] = {device: _bounds(index, stack.shape) for device, index in where.items()}
             local = stack.sharding.shard_shape(stack.shape)
             self._shards[name] = {device: _zeros(local, stack.dtype, device) for device in where}
-        self._homes = {}
-        for kind in KINDS:
-            for stage, slot, layer in layout.placement.layers(kind):
-                self._homes[layer] = (kind, stage, slot)
+        self._homes: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for stack in self._stacks:
+            kind, _, path = stack.partition(".")
+            if kind in KINDS:
+                for rank, slot, _, name in layout.placement.arrays(kind, [path]):
+                    self._homes[name] = stack, (rank, slot)
 
     def wants(self, name: str, start: tuple[int, ...], shape: tuple[int, ...]) -> bool:
         """Whether a device of this process holds any of the piece of `shape` at `start` of a canonical array."""
@@ -73,13 +75,8 @@ class StackFiller:
         return unflatten(arrays)
 
     def _home(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """The stack that holds a canonical array, and where in it: stage and slot, or nothing."""
-        kind, _, rest = name.partition(".")
-        if kind not in ("layers", "mtp"):
-            return name, ()
-        index, _, path = rest.partition(".")
-        stack, stage, slot = self._homes[f"{kind}.{index}"]
-        return f"{stack}.{path}", (stage, slot)
+        """The stack that holds a canonical array, and where in it: rank and slot, or nothing."""
+        return self._homes.get(name, (name, ()))
 
 
 def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, device: jax.Device) -> jax.Array:

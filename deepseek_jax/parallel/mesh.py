@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from deepseek_jax.config import ConfigError, require
+from deepseek_jax.parallel.pipeline.choice import ScheduleChoice
 
 AXES = ("pipe", "data", "node", "expert")
 """Pipeline stages; data replicas; nodes and devices within a node. Expert parallelism is over (node, expert)."""
@@ -28,6 +29,17 @@ class ParallelConfig:
     data: int = 1
     node: int = 1
     expert: int = 1
+    schedule: str = "dualpipe"
+    """The order of work over pipeline ranks: gpipe, one_f_one_b, eager_one_f_one_b, interleaved_one_f_one_b, zb_h1,
+    dualpipe, dualpipe_v, or a text file of one's own that ends in .txt. With pipe 1 it does not matter."""
+    chunks: int | None = None
+    """Stages of each rank under interleaved_one_f_one_b; 2 where left out."""
+    overlap: Literal["none", "steady", "braid"] | None = None
+    """How the ticks are run in which every pipeline rank does a forward and a backward: like all others; by a body of
+    their own without conditionals, so that a compiler can hide the exchanges of one under the other's compute; or with
+    the equations of both interleaved layer by layer. The last two compile longer. None: braid, but none on a CPU."""
+    layers_per_stage: tuple[int, ...] | None = None
+    """Main-model layers of each pipeline stage; none: balanced by what they cost."""
     dispatcher: Literal["local", "all_to_all", "two_hop", "ragged"] | None = None
     """How tokens reach experts on other devices: in one hop, in two (to the node, then within it), or in one of packed
     rows, which needs GPUs. None: two hops where there are several nodes of several devices, else one."""
@@ -37,7 +49,8 @@ class ParallelConfig:
     zero: bool = True
     """Keep master weights and optimizer state once across data ranks (ZeRO-1), not on each."""
     microbatch_rows: int | None = None
-    """Rows (sequences) of a microbatch on one device; None takes a device's whole share at once."""
+    """Rows (sequences) of a microbatch on one device; None takes a device's whole share at once, or in a pipeline one
+    row."""
     recompute: Literal["none", "selective", "full"] = "selective"
     """What the backward pass computes again: nothing; norms, MLA up-projections and SwiGLU, as the paper does (section
     3.2.3); or all but each layer's input, for the least memory at a third more compute."""
@@ -53,6 +66,14 @@ class ParallelConfig:
             f"parallel.microbatch_rows must be at least 1, not {self.microbatch_rows}",
         )
         require(self.capacity >= 1, f"parallel.capacity must be at least 1, not {self.capacity}")
+        require(
+            self.layers_per_stage is None or all(count >= 1 for count in self.layers_per_stage),
+            f"parallel.layers_per_stage must be positive numbers of layers, not {self.layers_per_stage}",
+        )
+        require(
+            self.overlap in (None, "none", "steady", "braid"),
+            f"parallel.overlap must be none, steady or braid, not {self.overlap!r}",
+        )
         known = ("local", "all_to_all", "two_hop", "ragged")
         require(
             self.dispatcher is None or self.dispatcher in known,
@@ -68,6 +89,16 @@ class ParallelConfig:
     def shape(self) -> tuple[int, int, int, int]:
         """Sizes of the axes, in the order of `AXES`."""
         return self.pipe, self.data, self.node, self.expert
+
+    @property
+    def rows_at_once(self) -> int | None:
+        """Rows of a microbatch on one device; None for a device's whole share."""
+        return self.microbatch_rows or (1 if self.pipe > 1 else None)
+
+    @property
+    def schedule_choice(self) -> ScheduleChoice:
+        """The schedule, for any number of microbatches."""
+        return ScheduleChoice(self.schedule, self.pipe, self.chunks)
 
     @property
     def batch_shards(self) -> int:

@@ -9,8 +9,9 @@ other, shard by shard, so nothing is ever gathered and any checkpoint restores o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import ModelConfig, require
 from deepseek_jax.parallel.mesh import mesh_of
+from deepseek_jax.parallel.pipeline.schedule import StageMap
 from deepseek_jax.parallel.sharding import partition_spec
 from deepseek_jax.parallel.zero import Split, choose_split, split_partition
 from deepseek_jax.tree import Tree, flatten, map_leaves, unflatten
@@ -31,61 +33,151 @@ KINDS = ("dense", "moe", "mtp")
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """For each kind, the layers of every stage: `stages[kind][stage]` lists indices within the kind."""
+    """For each kind, the slots of every stage, each with the canonical name of its layer, or None where it is empty.
 
-    stages: Mapping[str, tuple[tuple[int, ...], ...]]
-    num_dense_layers: int
+    The stack of the kind `mtp` is every stage's tail: in the last stage MTP modules, in any other further MoE layers,
+    whose parameters lie under `block`. So that a stage of MTP modules costs no other stage an empty layer.
+    """
+
+    slots: Mapping[str, tuple[tuple[str | None, ...], ...]]
+    stage_map: StageMap = StageMap("straight", 1)
+    """On which rank each stage lives."""
 
     @property
     def num_stages(self) -> int:
         """Pipeline stages."""
-        return len(self.stages["dense"])
+        return self.stage_map.stages
 
-    def slots(self, kind: str) -> int:
-        """Layers of this kind that every stage has room for: the most that any stage holds."""
-        return max(len(layers) for layers in self.stages[kind])
+    @property
+    def ranks(self) -> int:
+        """Ranks of the mesh axis `pipe`, each with the stacks of one stage or of several."""
+        return self.stage_map.ranks
 
-    def name(self, kind: str, index: int) -> str:
-        """The canonical name of a layer: `layers.3` counts dense and MoE layers together, `mtp.0` MTP modules."""
-        return {"dense": f"layers.{index}", "moe": f"layers.{index + self.num_dense_layers}", "mtp": f"mtp.{index}"}[
-            kind
-        ]
+    def size(self, kind: str) -> int:
+        """Slots of this kind that every stage has."""
+        return len(self.slots[kind][0])
+
+    def stack_size(self, kind: str) -> int:
+        """Slots of this kind that every rank has."""
+        return self.size(kind) * self.num_stages // self.ranks
+
+    def occupied(self) -> dict[str, np.ndarray]:
+        """Per kind with any slots bool `[stages, slots]`: which hold a layer."""
+        tables = {kind: np.array([[name is not None for name in s] for s in of]) for kind, of in self.slots.items()}
+        return {kind: table for kind, table in tables.items() if table.size}
 
     def layers(self, kind: str) -> Iterator[tuple[int, int, str]]:
-        """(stage, slot, canonical name) of every layer of a kind."""
-        for stage, indices in enumerate(self.stages[kind]):
-            for slot, index in enumerate(indices):
-                yield stage, slot, self.name(kind, index)
+        """(rank, slot of the rank's stack, canonical name) of every layer of a kind: `layers.3`, `mtp.0`."""
+        for rank, names in enumerate(self.stacks(kind)):
+            for slot, name in enumerate(names):
+                if name is not None:
+                    yield rank, slot, name
+
+    def stacks(self, kind: str) -> list[list[str | None]]:
+        """Per rank the slots of its stack: those of its stages, one after the other."""
+        stages, per_rank = self.stage_map, self.num_stages // self.ranks
+        return [
+            [name for slot in range(per_rank) for name in self.slots[kind][stages.stage(rank, slot)]]
+            for rank in range(self.ranks)
+        ]
+
+    def arrays(self, kind: str, paths: Iterable[str]) -> Iterator[tuple[int, int, str, str]]:
+        """(rank, slot, path, canonical name) of every array of a kind, whose layers have parameters at `paths`."""
+        for rank, slot, layer in self.layers(kind):
+            for path in paths:
+                if kind != "mtp" or layer.startswith("mtp."):
+                    yield rank, slot, path, f"{layer}.{path}"
+                elif path.startswith("block."):
+                    yield rank, slot, path, f"{layer}.{path.removeprefix('block.')}"
 
 
-def place(config: ModelConfig, layers_per_stage: tuple[int, ...] | None = None, *, stages: int = 1) -> Placement:
+def place(
+    config: ModelConfig, layers_per_stage: tuple[int, ...] | None = None, *, stage_map: StageMap | None = None
+) -> Placement:
     """Contiguous stages of main-model layers, MTP modules in the last one.
 
     Args:
       config: the model.
-      layers_per_stage: main-model layers of each stage; default: as even as possible over `stages`.
-      stages: how many stages, where `layers_per_stage` does not say.
+      layers_per_stage: main-model layers of each stage; default: those that `balanced` finds.
+      stage_map: how many stages there are, and where they live; default: one for each of `layers_per_stage`, or one.
     """
+    if stage_map is None:
+        stage_map = StageMap("straight", len(layers_per_stage or (0,)))
     if layers_per_stage is None:
-        require(stages <= config.num_layers, f"{stages} stages are more than the model's {config.num_layers} layers")
-        share, extra = divmod(config.num_layers, stages)
-        layers_per_stage = tuple(share + (stage < extra) for stage in range(stages))
+        layers_per_stage = balanced(config, stage_map.stages)
     require(
-        sum(layers_per_stage) == config.num_layers,
-        f"stages of {layers_per_stage} layers hold {sum(layers_per_stage)}, the model has {config.num_layers}",
+        len(layers_per_stage) == stage_map.stages and sum(layers_per_stage) == config.num_layers,
+        f"stages of {layers_per_stage} layers are {len(layers_per_stage)} with {sum(layers_per_stage)} layers, "
+        f"{stage_map.stages} with the model's {config.num_layers} are needed",
     )
     ends = np.cumsum(layers_per_stage).tolist()
     spans = [range(end - count, end) for end, count in zip(ends, layers_per_stage, strict=True)]
-    dense = config.num_dense_layers
-    mtp = [()] * (len(spans) - 1) + [tuple(range(config.mtp_depth))]
+    dense = [[f"layers.{i}" for i in span if i < config.num_dense_layers] for span in spans]
+    moe = [[f"layers.{i}" for i in span if i >= config.num_dense_layers] for span in spans]
+    modules = [f"mtp.{k}" for k in range(config.mtp_depth)]
+    # Before the tail there is room for the last stage's layers, and for what no other stage's tail takes.
+    before = max([len(moe[-1]), *(len(of) - len(modules) for of in moe[:-1]), min(config.num_moe_layers, 1)])
+    rows = [[*of[:before], *[None] * (before - len(of)), *of[before:]] for of in moe]
+    rows[-1] += modules
+    tail = [[*row[before:], *[None] * (before + len(modules) - len(row))] for row in rows]
+    most = max(len(of) for of in dense)
     return Placement(
-        stages={
-            "dense": tuple(tuple(i for i in span if i < dense) for span in spans),
-            "moe": tuple(tuple(i - dense for i in span if i >= dense) for span in spans),
-            "mtp": tuple(mtp),
+        slots={
+            "dense": tuple((*of, *[None] * (most - len(of))) for of in dense),
+            "moe": tuple(tuple(row[:before]) for row in rows),
+            "mtp": tuple(map(tuple, tail)),
         },
-        num_dense_layers=dense,
+        stage_map=stage_map,
     )
+
+
+def balanced(config: ModelConfig, stages: int) -> tuple[int, ...]:
+    """Layers per stage for the shortest tick, in which every stage runs its own dense layers and all slots for others.
+
+    A dense layer costs as much as an MoE layer (in DeepSeek-V3 to 1%), an MTP module as one, and an empty slot for an
+    MoE layer nearly as much, because all ranks take part in an exchange. Of the shortest it takes those with the least
+    slots, then the most even.
+    """
+    layers, dense, tail = config.num_layers, config.num_dense_layers, config.mtp_depth
+    require(stages <= layers, f"{stages} stages are more than the model's {layers} layers: use at most {layers}")
+    if stages == 1:
+        return (layers,)
+    best: tuple | None = None
+    for most_dense in range(dense + 1):
+        for slots in range(1, layers + tail + 1):
+            if best is not None and (most_dense + slots, slots) >= best[:2]:
+                break
+            found = _most_even(layers, dense, tail, stages, most_dense, slots)
+            if found is not None:
+                best = (most_dense + slots, slots, found)
+                break
+    assert best is not None  # all dense layers in one stage and as many slots as layers always do
+    return best[2]
+
+
+def _most_even(layers: int, dense: int, tail: int, stages: int, most_dense: int, slots: int) -> tuple[int, ...] | None:
+    """The most even stages of at most so many dense layers and so many others; None where there are none."""
+
+    @functools.cache
+    def best(stage: int, start: int) -> tuple[int, tuple[int, ...]] | None:
+        """(sum of squares, layers per stage) of the stages from this one on, for the layers from `start` on."""
+        if stage == stages:
+            return (0, ()) if start == layers else None
+        found = None
+        for end in range(start + 1, layers + 1):
+            own_dense = max(0, min(end, dense) - start)
+            others = end - start - own_dense + tail * (stage == stages - 1)
+            if own_dense > most_dense or others > slots:
+                break
+            rest = best(stage + 1, end)
+            if rest is not None:
+                total = (own_dense + others) ** 2 + rest[0]
+                if found is None or total < found[0]:
+                    found = (total, (end - start, *rest[1]))
+        return found
+
+    found = best(0, 0)
+    return found[1] if found else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +194,8 @@ class ParameterLayout:
     """Split over the ranks that would else hold copies (ZeRO-1): see `parallel.zero`."""
 
     def __post_init__(self):
-        stages, ranks = self.placement.num_stages, self.mesh.shape["pipe"]
-        require(stages == ranks, f"a placement of {stages} stages needs a mesh with pipe={stages}, not pipe={ranks}")
+        ranks, pipe = self.placement.ranks, self.mesh.shape["pipe"]
+        require(ranks == pipe, f"a placement on {ranks} ranks needs a mesh with pipe={ranks}, not pipe={pipe}")
 
     def partition(self) -> Tree:
         """A `PartitionSpec` per run-time array."""
@@ -125,7 +217,7 @@ class ParameterLayout:
         """A `ShapeDtypeStruct` with sharding per run-time array; stacked kinds are `[stage, slot, ...]`."""
 
         def shape(kind, spec):
-            return ((self.placement.num_stages, self.placement.slots(kind)) if kind else ()) + spec.shape
+            return ((self.placement.ranks, self.placement.stack_size(kind)) if kind else ()) + spec.shape
 
         shapes = self._map(shape)
         return map_leaves(
@@ -154,7 +246,7 @@ class ParameterLayout:
         tree = {name: arrays[name] for name in ends}
         for kind, specs in kinds.items():
             for path, spec in specs.items():
-                layers = {(s, slot): arrays[f"{name}.{path}"] for s, slot, name in self.placement.layers(kind)}
+                layers = {(rank, slot): arrays[name] for rank, slot, _, name in self.placement.arrays(kind, [path])}
                 tree[f"{kind}.{path}"] = self._stack_one(kind, spec, layers)
         return unflatten(tree)
 
@@ -166,17 +258,15 @@ class ParameterLayout:
         for kind, specs in kinds.items():
             for path, spec in specs.items():
                 shards = flat[f"{kind}.{path}"].addressable_shards
-                for stage, slot, name in self.placement.layers(kind):
-                    local = [
-                        s.data[0, slot] for s in shards if s.index[0].indices(self.placement.num_stages)[0] == stage
-                    ]
-                    arrays[f"{name}.{path}"] = jax.make_array_from_single_device_arrays(
-                        spec.shape, self._sharding(stage, spec), local, dtype=flat[f"{kind}.{path}"].dtype
+                for rank, slot, _, name in self.placement.arrays(kind, [path]):
+                    local = [s.data[0, slot] for s in shards if s.index[0].indices(self.placement.ranks)[0] == rank]
+                    arrays[name] = jax.make_array_from_single_device_arrays(
+                        spec.shape, self._sharding(rank, spec), local, dtype=flat[f"{kind}.{path}"].dtype
                     )
         return arrays
 
     def _stack_one(self, kind: str, spec, layers: dict[tuple[int, int], jax.Array]) -> jax.Array:
-        stages, slots = self.placement.num_stages, self.placement.slots(kind)
+        stages, slots = self.placement.ranks, self.placement.stack_size(kind)
         dtype = next(iter(layers.values())).dtype
         sharding = NamedSharding(self.mesh, self._stacked(self._layer_partition(spec)))
         shape = (stages, slots, *spec.shape)
@@ -209,14 +299,13 @@ class ParameterLayout:
         return P(*partition_spec(("stage", "slot")), *layer)
 
     def _entries(self) -> Iterator[tuple[str, int | None, Any]]:
-        """(canonical name, stage or None, declaration) of every array."""
+        """(canonical name, rank or None, declaration) of every array."""
         kinds, ends = self._split()
         for name, spec in ends.items():
             yield name, None, spec
         for kind, specs in kinds.items():
-            for stage, _, layer in self.placement.layers(kind):
-                for path, spec in specs.items():
-                    yield f"{layer}.{path}", stage, spec
+            for rank, _, path, name in self.placement.arrays(kind, specs):
+                yield name, rank, specs[path]
 
     def _split(self) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
         """Declarations of the stacked kinds, and of everything else, flat."""

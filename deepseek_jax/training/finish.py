@@ -41,8 +41,7 @@ class HeldoutEvaluator:
         documents = self.documents if complete else self._some_documents
         if not documents:
             return None
-        shards = self._experiment.parallel.batch_shards * (self._experiment.parallel.microbatch_rows or 1)
-        rows = -(-self._experiment.evaluation.batch_rows // shards) * shards
+        rows = self._trainer.padded_rows(self._experiment.evaluation.batch_rows)
         sharding = NamedSharding(self._trainer.mesh, BATCH_SPEC)
 
         def evaluate(batch: Microbatch):

@@ -13,7 +13,6 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding
 
-from deepseek_jax.config import require
 from deepseek_jax.config_io import to_dict
 from deepseek_jax.data import check_vocab, merge_states, train_rows
 from deepseek_jax.data.corpus import forget_corpora
@@ -66,11 +65,10 @@ class RunResult:
 
 def make_trainer(experiment: Experiment) -> Trainer:
     """The trainer of an experiment on this process's devices."""
-    stages = experiment.parallel.pipe
-    require(stages == 1, f"parallel.pipe={stages} is not available yet: set it to 1, the other axes can be more")
+    parallel = experiment.parallel
     return Trainer(
         Transformer(experiment.model),
-        place(experiment.model, stages=experiment.parallel.pipe),
+        place(experiment.model, parallel.layers_per_stage, stage_map=parallel.schedule_choice.stage_map),
         make_mesh(experiment.parallel),
         experiment.optimizer.make,
         step_config(experiment),
@@ -245,9 +243,7 @@ class _Run:
         """The next `rows` sequences on the devices, padded with empty ones to what the mesh and microbatches need."""
         host = self.rows.next_batch(rows)
         is_last = self._is_last(host)
-        parallel = self.experiment.parallel
-        multiple = parallel.batch_shards * (parallel.microbatch_rows or 1) // jax.process_count()
-        missing = -host["tokens"].shape[0] % max(multiple, 1)
+        missing = self.trainer.padded_rows(rows) // jax.process_count() - host["tokens"].shape[0]
         padded = {name: np.pad(array, ((0, missing), (0, 0))) for name, array in host.items()}
         sharding = NamedSharding(self.trainer.mesh, BATCH_SPEC)
         on_host = Microbatch(**{name: padded[name] for name in Microbatch._fields})

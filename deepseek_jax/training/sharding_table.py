@@ -128,7 +128,11 @@ def abstract_trainer(experiment: Experiment, mesh: Mesh | None = None) -> Traine
     """
     return Trainer(
         Transformer(experiment.model),
-        place(experiment.model, stages=experiment.parallel.pipe),
+        place(
+            experiment.model,
+            experiment.parallel.layers_per_stage,
+            stage_map=experiment.parallel.schedule_choice.stage_map,
+        ),
         mesh or abstract_mesh(experiment.parallel),
         experiment.optimizer.make,
         step_config(experiment),
@@ -166,10 +170,8 @@ def sharding_table(experiment: Experiment) -> ShardingTable:
     """
     trainer = abstract_trainer(experiment)
     state = abstract_state(trainer)
-    parallel, schedule = experiment.parallel, experiment.schedule
-    rows = schedule.rows(schedule.total_tokens - 1)
-    shards, size = parallel.batch_shards, parallel.microbatch_rows or 1
-    padded = rows + -rows % (shards * size)
+    rows = experiment.schedule.rows(experiment.schedule.total_tokens - 1)
+    padded = trainer.padded_rows(rows)
     length = experiment.data.sequence_length
     moments, per_element = _moments(state)
     return ShardingTable(
@@ -179,7 +181,7 @@ def sharding_table(experiment: Experiment) -> ShardingTable:
         state_bytes_per_element=4 + per_element,
         batch_rows=rows,
         sequence_length=length,
-        microbatches=padded // (shards * size) if parallel.microbatch_rows else 1,
+        microbatches=trainer.microbatches((padded, length + 1)),
         collectives=step_collectives(trainer, (padded, length + 1)),
     )
 
@@ -193,7 +195,7 @@ def _rows(
     rows = []
     for name, array in arrays.items():
         spec, kind, sharding = specs[name], name.split(".")[0], array.sharding
-        layers = len(list(layout.placement.layers(kind))) if kind in KINDS else 1
+        layers = len(list(layout.placement.arrays(kind, [name.partition(".")[2]]))) if kind in KINDS else 1
         dtype = array.dtype if spec.full_precision else jnp.dtype(trainer.config.compute_dtype)
         whole = math.prod(NamedSharding(trainer.mesh, copies[name]).shard_shape(array.shape))
         is_copied = dtype != array.dtype or copies[name] != sharding.spec

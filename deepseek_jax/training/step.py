@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -38,9 +39,9 @@ from deepseek_jax.parallel.dispatch import (
     dispatchers,
 )
 from deepseek_jax.parallel.mesh import AXES, BATCH_AXES
-from deepseek_jax.parallel.pipeline import LossScales, StagedModel, one_rank, pipeline
-from deepseek_jax.parallel.pipeline.executor import Outputs
-from deepseek_jax.parallel.pipeline.protocol import LayerStats
+from deepseek_jax.parallel.pipeline.choice import ScheduleChoice
+from deepseek_jax.parallel.pipeline.executor import Outputs, pipeline
+from deepseek_jax.parallel.pipeline.protocol import LayerStats, LossScales, StagedModel
 from deepseek_jax.parallel.placement import KINDS, ParameterLayout, Placement
 from deepseek_jax.parallel.sharding import BATCH_SPEC, largest_over, mesh_axes_of, sum_over
 from deepseek_jax.parallel.vocabulary import ShardedVocabulary, WholeVocabulary, check_vocabulary
@@ -108,7 +109,8 @@ class Trainer:
         optimizer: Callable[[Tree], optax.GradientTransformation],
         config: StepConfig,
     ):
-        self.model, self.mesh, self.config = model, mesh, config
+        self.model, self.placement, self.mesh, self.config = model, placement, mesh, config
+        self.schedule = ScheduleChoice(config.schedule, mesh.shape["pipe"], config.chunks)
         self._experts = ExpertMesh(mesh.shape["node"], mesh.shape["expert"])
         check_vocabulary(model.config.vocab_size, mesh.shape["pipe"])
         check_experts(model.config.moe, self._experts, choose_dispatcher(config.dispatcher, self._experts))
@@ -251,7 +253,7 @@ class Trainer:
             outputs = outputs._replace(
                 loss=sum_over(outputs.loss),
                 sums=jax.tree.map(sum_over, outputs.sums),
-                stats={kind: _over_devices(stats) for kind, stats in outputs.stats.items()},
+                stats={kind: _over_ranks(stats) for kind, stats in outputs.stats.items()},
             )
         gradients = self._reduce(self._restack(gradients))
         grad_norm = self._global_norm(gradients)
@@ -279,22 +281,39 @@ class Trainer:
         rows = shape[0] // math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
         return self._microbatch_rows(rows) * (shape[1] - 1)
 
+    def padded_rows(self, rows: int) -> int:
+        """How many rows a global batch of so many is to have, with empty ones, for this mesh and schedule.
+
+        Raises:
+          ConfigError: there is no schedule for so many.
+        """
+        shards = math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+        share = -(-rows // shards)
+        size = self._microbatch_rows(share)
+        return shards * size * self.schedule.fitting(-(-share // size))
+
+    def microbatches(self, shape: tuple[int, ...]) -> int:
+        """Microbatches of a global batch `[rows, S + 1]`."""
+        rows = shape[0] // math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+        return rows // self._microbatch_rows(rows)
+
     def _microbatch_rows(self, rows: int) -> int:
-        """Rows of a microbatch, where a device has `rows`."""
-        size = min(self.config.microbatch_rows or rows, rows)
-        if rows % size:
-            raise ValueError(f"{rows} rows per device do not split into microbatches of {size}; pad the batch first")
-        return size
+        """Rows of a microbatch, where a device has `rows`: in a pipeline one unless it is said."""
+        return min(self.config.microbatch_rows or (1 if self.schedule.ranks > 1 else rows), rows)
 
     def _microbatches(self, batch: Microbatch, dispatcher: Dispatcher):
         rows = batch.tokens.shape[0]
         size = self._microbatch_rows(rows)
+        if rows % size:
+            raise ValueError(f"{rows} rows per device do not split into microbatches of {size}; pad the batch first")
         split = jax.tree.map(lambda leaf: leaf.reshape(rows // size, size, *leaf.shape[1:]), batch)
         return split, pipeline(
             self.staged(dispatcher),
-            one_rank(rows // size),
+            self.schedule.make(rows // size),
+            occupied=self.placement.occupied(),
             recompute=self.config.recompute,
             unroll_layers=self.config.unroll_layers,
+            overlap=self.config.overlap or ("none" if jax.default_backend() == "cpu" else "braid"),
         )
 
     @jax.named_scope("count_labels")
@@ -365,8 +384,23 @@ class Trainer:
 
     def _by_layer(self, outputs: Outputs, leaf: Callable[[LayerStats], jax.Array]) -> jax.Array:
         """One leaf of the stats of all layers with experts, MTP modules last: `[layers, ...]`."""
-        found = [leaf(outputs.stats[kind]) for kind in KINDS if kind in outputs.stats]
-        return jnp.concatenate(found) if found else jnp.zeros((0, 1), jnp.int32)
+        kinds = [kind for kind in KINDS if kind in outputs.stats]
+        if not kinds:
+            return jnp.zeros((0, 1), jnp.int32)
+        mine = jnp.concatenate([leaf(outputs.stats[kind]) for kind in kinds])
+        rows, count = self._rows_of_layers(tuple(kinds))
+        row = jnp.asarray(rows)[lax.axis_index("pipe")]
+        # An empty slot has no row; each row is one rank's.
+        return sum_over(jnp.zeros((count, *mine.shape[1:]), mine.dtype).at[row].set(mine, mode="drop"), ("pipe",))
+
+    def _rows_of_layers(self, kinds: tuple[str, ...]) -> tuple[np.ndarray, int]:
+        """For each slot of a rank's stacks the place of its layer among all with experts, int32 `[P, slots]`, or the
+        number of these for an empty one; and that number."""
+        by_rank = zip(*(self.placement.stacks(kind) for kind in kinds), strict=True)
+        stacks = [list(itertools.chain(*of_kinds)) for of_kinds in by_rank]
+        names = sorted(filter(None, itertools.chain(*stacks)), key=lambda name: (name[0], int(name.split(".")[1])))
+        place = {name: row for row, name in enumerate(names)} | {None: len(names)}
+        return np.array([[place[name] for name in stack] for stack in stacks], np.int32), len(names)
 
     def _on_all_devices(self, counts: jax.Array) -> jax.Array:
         """Every device's counts int32 `[layers]`, on all devices: `[layers, devices that share a batch]`."""
@@ -394,11 +428,11 @@ class Trainer:
         )
 
 
-def _over_devices(stats: LayerStats) -> LayerStats:
-    """A kind's stats of all devices together: sums, and the largest of what is demanded at once, and of what is lost.
+def _over_ranks(stats: LayerStats) -> LayerStats:
+    """A rank's stats of all devices that share a batch: sums, and the largest of what any demands, and of what it loses.
 
     A sum of what all devices lose in a whole batch would overflow, and might come out as zero.
     """
-    total, traffic = jax.tree.map(sum_over, stats), stats.traffic
-    worst = {"demand": largest_over(traffic.demand), "lost": largest_over(traffic.lost)}
+    total = jax.tree.map(functools.partial(sum_over, axes=BATCH_AXES), stats)
+    worst = {name: largest_over(getattr(stats.traffic, name), BATCH_AXES) for name in ("demand", "lost")}
     return total._replace(traffic=total.traffic._replace(**worst))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.parallel.dispatch import DispatcherName
 from deepseek_jax.parallel.pipeline.protocol import Recompute
+from deepseek_jax.parallel.pipeline.ticks import Overlap
 from deepseek_jax.training.experiment import Experiment
 
 
@@ -17,6 +18,9 @@ class StepConfig:
     """The choices that shape the compiled step."""
 
     microbatch_rows: int | None = None
+    schedule: str = "dualpipe"
+    chunks: int | None = None
+    overlap: Overlap | None = None
     recompute: Recompute = "selective"
     unroll_layers: int = 1
     compute_dtype: Any = jnp.float32
@@ -36,7 +40,10 @@ def step_config(experiment: Experiment) -> StepConfig:
     """What an experiment says of its step."""
     parallel, precision = experiment.parallel, experiment.precision
     return StepConfig(
-        microbatch_rows=parallel.microbatch_rows,
+        microbatch_rows=parallel.rows_at_once,
+        schedule=parallel.schedule,
+        chunks=parallel.chunks,
+        overlap=parallel.overlap,
         recompute=parallel.recompute,
         unroll_layers=parallel.unroll_layers,
         compute_dtype=jnp.dtype(precision.compute),

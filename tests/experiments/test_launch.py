@@ -74,6 +74,22 @@ def wait_for_step(child, step):
     raise AssertionError(f"it ended before step {step}: {child.stderr.read()}")
 
 
+def left_alone(folder, workdir, *arguments, hit, number=signal.SIGKILL):
+    """How a process ended after the other one of its pair, process `hit`, got a signal in the midst of training.
+
+    Its exit code and errors, the seconds that it took to end, and the pid of the process that was hit.
+    """
+    endless = ["--workdir", workdir, "--set", "schedule.total_tokens=10**7", "--virtual_devices=1"]
+    with pair(folder, *endless, *arguments) as children:
+        wait_for_step(children[0], KILLED_AFTER)
+        children[hit].send_signal(number)
+        begin = time.monotonic()
+        other = children[1 - hit]
+        _, errors = other.communicate()
+        seconds = time.monotonic() - begin
+        return types.SimpleNamespace(code=other.returncode, errors=errors, seconds=seconds, pid=children[hit].pid)
+
+
 # --- two processes for real -----------------------------------------------------------------------------------------
 
 
@@ -87,15 +103,7 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def killed(home):
     """Two processes, started by hand, of which one is killed on the way: how the other ended."""
-    arguments = ["--workdir", home / "pair", "--set", "schedule.total_tokens=10**7", "--virtual_devices=1"]
-    with pair(home, *arguments) as children:
-        wait_for_step(children[0], KILLED_AFTER)
-        children[1].send_signal(signal.SIGKILL)
-        begin = time.monotonic()
-        _, errors = children[0].communicate()
-        return types.SimpleNamespace(
-            code=children[0].returncode, errors=errors, pid=children[1].pid, seconds=time.monotonic() - begin
-        )
+    return left_alone(home, home / "pair", hit=1)
 
 
 def test_when_one_process_is_killed_the_other_ends_with_a_clear_line(home, killed):
@@ -148,15 +156,10 @@ def test_a_host_that_never_arrives_is_named(home, tmp_path):
 @pytest.mark.slow
 def test_when_process_zero_is_killed_the_other_ends_with_a_clear_line(home, tmp_path):
     """And not with the stack trace of jax's client, whose service died with process 0."""
-    arguments = ["--workdir", tmp_path / "run", "--set", "schedule.total_tokens=10**7", "--virtual_devices=1"]
-    with pair(home, *arguments) as children:
-        wait_for_step(children[0], KILLED_AFTER)
-        children[0].send_signal(signal.SIGKILL)
-        begin = time.monotonic()
-        _, errors = children[1].communicate()
-        assert time.monotonic() - begin < 10
-        assert children[1].returncode == 1
-    assert re.search(rf"^error: process 0 \([^ ]+, pid {children[0].pid}\) is gone: ", errors, re.MULTILINE)
+    ended = left_alone(home, tmp_path / "run", hit=0)
+    assert ended.seconds < 10
+    assert ended.code == 1
+    assert re.search(rf"^error: process 0 \([^ ]+, pid {ended.pid}\) is gone: ", ended.errors, re.MULTILINE)
 
 
 @pytest.mark.slow
@@ -187,19 +190,14 @@ def test_a_run_moves_between_hosts_and_meshes_with_every_bit(home, tmp_path):
 def test_a_run_that_hangs_is_found_within_twice_the_limit(home, tmp_path):
     """A process that is stopped does not die: the other waits in a collective, and its watchdog says where."""
     limit = 10
-    arguments = ["--workdir", tmp_path / "run", "--set", "schedule.total_tokens=10**7", "--virtual_devices=1"]
-    arguments += ["--set", f"logging.watchdog_seconds={limit}", "--set", "checkpoint.every_steps=10**6"]
-    with pair(home, *arguments) as children:
-        wait_for_step(children[0], KILLED_AFTER)
-        children[1].send_signal(signal.SIGSTOP)
-        begin = time.monotonic()
-        _, errors = children[0].communicate()
-        assert time.monotonic() - begin < 2 * limit
-        assert children[0].returncode == 1
+    changes = ["--set", f"logging.watchdog_seconds={limit}", "--set", "checkpoint.every_steps=10**6"]
+    ended = left_alone(home, tmp_path / "run", *changes, hit=1, number=signal.SIGSTOP)
+    assert ended.seconds < 2 * limit
+    assert ended.code == 1
     assert re.search(
-        rf"^error: process 0 \(.*\) has made no step for {limit} s, since step \d+: ", errors, re.MULTILINE
+        rf"^error: process 0 \(.*\) has made no step for {limit} s, since step \d+: ", ended.errors, re.MULTILINE
     )
-    assert "in process_allgather" in errors
+    assert "in process_allgather" in ended.errors
 
 
 # --- the command line -----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from deepseek_jax.model.block import Block
 from deepseek_jax.model.parameters import RouterBias, abstract_values, parameter_specs
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.dispatch import LocalDispatcher
-from deepseek_jax.parallel.pipeline.executor import _merge
+from deepseek_jax.parallel.pipeline.stage import merge
 from deepseek_jax.tree import map_leaves
 
 CONFIG = small()
@@ -33,7 +33,7 @@ def gradient_jaxpr(config, *, dense: bool, dtype):
     bias = abstract_values(block, RouterBias)
 
     def loss(params, x, bias):
-        y, balance_loss, _ = nnx.merge(graphdef, _merge(params, bias))(x, ctx)
+        y, balance_loss, _ = nnx.merge(graphdef, merge(params, bias))(x, ctx)
         return (y.astype(jnp.float32) ** 2).sum() + balance_loss
 
     x = jax.ShapeDtypeStruct((2, 8, config.hidden_size), dtype)

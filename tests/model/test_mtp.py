@@ -1,5 +1,6 @@
 """Multi-token prediction: what each depth reads and predicts at every position (equations 21-24)."""
 
+import dataclasses
 import functools
 import textwrap
 from unittest import mock
@@ -15,8 +16,8 @@ from deepseek_jax.model.parameters import RouterBias, parameter_specs
 from deepseek_jax.model.staged import staged_model
 from deepseek_jax.model.targets import Microbatch, targets
 from deepseek_jax.model.transformer import Transformer
-from deepseek_jax.parallel.pipeline import LossScales
-from deepseek_jax.parallel.pipeline.executor import _merge, scan_layers
+from deepseek_jax.parallel.pipeline.protocol import LayerStats, LossScales
+from deepseek_jax.parallel.pipeline.stage import Occupied, Stage, merge
 from deepseek_jax.parallel.vocabulary import WholeVocabulary
 from deepseek_jax.tree import map_leaves
 
@@ -37,17 +38,14 @@ def weights(model: Transformer, seed: int = 0):
         return {kind: map_leaves(lambda spec, k=kind: draw(k, spec), tree) for kind, tree in specs.items()}
 
     params, biases = (values(parameter_specs(model, *kind), 0.2) for kind in ((), (RouterBias,)))
-    return {kind: _merge(tree, biases.get(kind)) for kind, tree in params.items()}
+    return {kind: merge(tree, biases.get(kind)) for kind, tree in params.items()}
 
 
 def finish(model: Transformer, params, batch: Microbatch, **options):
     """Runs the whole staged model on one microbatch."""
     run = staged_model(model, **options)
-    ctx = run.context(batch)
-    x = run.embed(params, batch)
-    for kind, layer in run.layers.items():
-        x = scan_layers(layer, params[kind], x, ctx)[0]
-    return run.finish(params, x, batch, ctx, SCALES)
+    out, _ = Stage(run)(params, {}, run.embed(params, batch), batch, Occupied())
+    return run.finish(params, out.hidden, batch, SCALES)
 
 
 GOLDEN = """
@@ -76,14 +74,18 @@ def test_alignment_on_packed_documents():
     params["embedding"]["weight"] = numbered
     seen = []
 
-    def record(module, hidden, embedding, ctx):
-        seen.append((np.asarray(embedding[0, :, 0], int), np.asarray(ctx.valid[0])))
-        return hidden, jnp.zeros(()), jnp.zeros(CONFIG.moe.num_experts, jnp.int32)
+    def record_embedding(module, hidden, embedding):
+        seen.append([np.asarray(embedding[0, :, 0], int)])
+        return hidden
 
-    run = staged_model(model)
-    hidden = jnp.zeros((1, 8, CONFIG.hidden_size))
-    with mock.patch.object(mtp.MTPModule, "__call__", record):
-        run.finish(params, hidden, batch, run.context(batch), SCALES)
+    def record_valid(params, x, ctx):
+        seen[-1].append(np.asarray(ctx.valid[0]))
+        return x, jnp.zeros(()), LayerStats.none()
+
+    run = dataclasses.replace(staged_model(model), layers={"moe": record_valid})
+    only_mtp = {name: params[name] for name in ("embedding", "final_norm", "mtp")}
+    with mock.patch.object(mtp.MTPModule, "join", record_embedding):
+        Stage(run)(only_mtp, {}, run.embed(params, batch), batch, Occupied())
 
     length = row.shape[1] - 1
     header = "i  segment  reads   main: label w within   mtp 1: input label w within   mtp 2: input label w within"
@@ -165,13 +167,11 @@ def test_the_projection_takes_the_embedding_first():
     projection = params["mtp"]["projection"]["weight"]
     hidden = jnp.ones((1, 4, CONFIG.hidden_size))
     embeddings = jax.random.normal(jax.random.key(0), (2, 1, 4, CONFIG.hidden_size))
-    batch = full(CONFIG, 1, 4)
-    ctx = staged_model(model).context(jax.tree.map(jnp.asarray, batch))
 
     @jax.jit
     def run(projection, embedding):
         layer = jax.tree.map(lambda leaf: leaf[0], params["mtp"] | {"projection": {"weight": projection}})
-        return staged._bind(model.mtp, layer)(hidden, embedding, ctx)[0]
+        return staged._bind(model.mtp, layer).join(hidden, embedding)
 
     no_embedding = projection.at[:, : CONFIG.hidden_size].set(0)
     np.testing.assert_array_equal(*(run(no_embedding, e) for e in embeddings))

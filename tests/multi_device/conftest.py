@@ -21,6 +21,8 @@ from experiments.run import prepare_environment
 
 DEVICES = 8
 TIMEOUT_SECONDS = 900
+_COMPILE_QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+"""For arrays of a few numbers nearly all time goes into compiling."""
 _INSIDE = "DEEPSEEK_JAX_TEST_DEVICES"
 """Set in the process that has the devices, where files are collected as everywhere."""
 
@@ -49,6 +51,7 @@ class IsolatedRun(pytest.Item):
     def runtest(self) -> None:
         environment = os.environ | {_INSIDE: str(DEVICES)}
         prepare_environment(environment, virtual_devices=DEVICES)
+        environment["XLA_FLAGS"] += " " + _COMPILE_QUICKLY
         command = [sys.executable, "-m", "pytest", str(self.path), "-p", "no:cacheprovider", "-rs", "--tb=short"]
         command += ["-m", self.config.option.markexpr] if self.config.option.markexpr else []
         command += ["-k", self.config.option.keyword] if self.config.option.keyword else []

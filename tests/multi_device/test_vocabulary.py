@@ -17,7 +17,9 @@ from deepseek_jax.model.parameters import RouterBias, abstract_values, parameter
 from deepseek_jax.model.staged import staged_model
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.mesh import AXES, BATCH_AXES, mesh_of
-from deepseek_jax.parallel.pipeline import LossScales, one_rank, pipeline
+from deepseek_jax.parallel.pipeline.executor import pipeline
+from deepseek_jax.parallel.pipeline.generators import one_rank
+from deepseek_jax.parallel.pipeline.protocol import LossScales
 from deepseek_jax.parallel.placement import KINDS
 from deepseek_jax.parallel.sharding import BATCH_SPEC, partition_spec, sum_over
 from deepseek_jax.parallel.vocabulary import ShardedVocabulary, WholeVocabulary, check_vocabulary

@@ -11,7 +11,8 @@ from deepseek_jax.config import ConfigError
 from deepseek_jax.model.parameters import parameter_specs
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.mesh import AXES, ParallelConfig, make_mesh, mesh_of
-from deepseek_jax.parallel.placement import ParameterLayout, place
+from deepseek_jax.parallel.pipeline.schedule import StageMap
+from deepseek_jax.parallel.placement import KINDS, ParameterLayout, place
 from deepseek_jax.parallel.sharding import mesh_axes_of, partition_spec
 from deepseek_jax.tree import flatten, unflatten
 
@@ -74,21 +75,23 @@ def test_initial_values_follow_the_declarations(drawn):
 
 
 def test_v3_in_sixteen_stages():
-    placement = place(zoo.deepseek_v3(), stages=16)
-    held = [sum(len(placement.stages[kind][stage]) for kind in ("dense", "moe")) for stage in range(16)]
-    assert sum(held) == 61
-    assert max(held) - min(held) == 1
-    assert [len(stage) for stage in placement.stages["dense"]] == [3] + [0] * 15
-    assert [len(stage) for stage in placement.stages["mtp"]] == [0] * 15 + [1]
-    names = [name for kind in ("dense", "moe") for _, _, name in placement.layers(kind)]
-    assert names == [f"layers.{i}" for i in range(61)]
+    """Two dense layers at most and four slots for the others: the shortest tick, and of its kind the least memory."""
+    placement = place(zoo.deepseek_v3(), stage_map=StageMap("bidirectional", 16))
+    assert placement.slots["dense"][:3] == (("layers.0", None), ("layers.1", "layers.2"), (None, None))
+    assert {kind: placement.size(kind) for kind in KINDS} == {"dense": 2, "moe": 3, "mtp": 1}
+    occupied = placement.occupied()
+    assert (occupied["moe"].sum(axis=1) + occupied["mtp"].sum(axis=1)).tolist() == [0, 3, *[4] * 14]
+    assert placement.slots["mtp"][1:3] == ((None,), ("layers.9",))
+    assert placement.slots["mtp"][-1] == ("mtp.0",)
+    names = [name for stage in range(16) for kind in KINDS for name in placement.slots[kind][stage] if name]
+    assert names == [*(f"layers.{i}" for i in range(61)), "mtp.0"]
 
 
 def test_stages_must_hold_every_layer():
-    with pytest.raises(ConfigError, match="hold 5, the model has 3"):
+    with pytest.raises(ConfigError, match="are 2 with 5 layers, 2 with the model's 3 are needed"):
         place(small(), (3, 2))
     with pytest.raises(ConfigError, match="4 stages are more than the model's 3 layers"):
-        place(small(), stages=4)
+        place(small(), stage_map=StageMap("straight", 4))
 
 
 def test_logical_axes_map_to_the_mesh():

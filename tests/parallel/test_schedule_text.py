@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from even_ranks import EVEN
 
 from deepseek_jax.config import ConfigError
 from deepseek_jax.parallel.pipeline import text as module
@@ -22,7 +23,7 @@ rank 1: F0.0 BW0.0
 """
 
 
-@pytest.mark.parametrize("ranks", range(2, 17, 2))
+@pytest.mark.parametrize("ranks", EVEN)
 @pytest.mark.parametrize("name", GENERATORS)
 def test_round_trips_are_exact(name, ranks):
     """Reading what was written gives the same schedule, and writing that the same text, for every even P ≤ 16."""

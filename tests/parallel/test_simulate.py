@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from even_ranks import EVEN
 
 from deepseek_jax.config import ConfigError
 from deepseek_jax.parallel.pipeline.generators import (
@@ -19,7 +20,6 @@ from deepseek_jax.parallel.pipeline.generators import (
 )
 from deepseek_jax.parallel.pipeline.simulate import Costs, Sizes, assign_ticks, best, simulate
 
-EVEN = range(2, 17, 2)
 UNEVEN = Costs(forward=1.0, input_gradient=1.25, weight_gradient=0.75)
 """Costs that binary fractions hold exactly, so that sums of them can be compared without a tolerance."""
 

@@ -1,88 +1,49 @@
 """The backward pass in two parts is the whole one: the same gradients, and no product made twice."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax import lax
-from jax.extend.core import jaxprs_in_params
-from small_model import small
+from split_cases import (
+    LAYERS,
+    LAYOUTS,
+    QUICK,
+    at_once,
+    equal,
+    exchanges,
+    in_parts,
+    layer_arguments,
+    layers,
+    on_mesh,
+    products,
+    stage_arguments,
+    stage_function,
+    whole,
+)
 
-from deepseek_jax.model.block import SAVED_ACTIVATIONS, Block
-from deepseek_jax.model.parameters import stack
-from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.pipeline.split_vjp import split_vjp
 
-LAYERS, ROWS, LENGTH = 3, 2, 16
-CONFIG = small(mtp_depth=0)
+SLOW = pytest.mark.slow
 
 
-def products(function, *arguments) -> int:
-    """FLOPs of the matrix products of a function; a loop's body counts as often as a scan runs, else once."""
-
-    def count(jaxpr, times):
-        total = 0
-        for eqn in jaxpr.eqns:
-            if eqn.primitive.name == "dot_general":
-                (contract, _), _ = eqn.params["dimension_numbers"]
-                depth = np.prod([eqn.invars[0].aval.shape[axis] for axis in contract], dtype=int)
-                total += 2 * times * int(eqn.outvars[0].aval.size * depth)
-            inner = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
-            total += sum(count(one, inner) for one in jaxprs_in_params(eqn.params))
-        return total
-
-    return count(jax.make_jaxpr(function)(*arguments).jaxpr, 1)
-
-
-def in_parts(function, params, x, cotangents):
-    """Outputs and both gradients through the split, and what is kept between its parts."""
-    split = split_vjp(function, params, x)
-    outputs, residuals = split.forward(params, x)
-    dx, stash = split.input_gradient(params, residuals, cotangents)
-    return outputs, split.weight_gradient(params, residuals, stash), dx, (residuals, stash)
-
-
-def whole(function, params, x, cotangents):
-    outputs, pullback = jax.vjp(function, params, x)
-    return outputs, *pullback(cotangents)
-
-
-def check(function, params, x, cotangents):
+def check(function, params, x, fixed, cotangents):
     """The split of a function gives what `jax.vjp` gives, and multiplies as much."""
-    split = split_vjp(function, params, x)
-    expected = jax.jit(functools.partial(whole, function))(params, x, cotangents)
-    *got, (residuals, stash) = jax.jit(functools.partial(in_parts, function))(params, x, cotangents)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-13), tuple(got), expected)
-    first = products(split.input_gradient, params, residuals, cotangents)
-    second = products(split.weight_gradient, params, residuals, stash)
-    all_of_it = products(functools.partial(whole, function), params, x, cotangents)
-    assert first + second == all_of_it - products(split.forward, params, x)
+    split = split_vjp(function, params, x, fixed)
+    arguments = params, x, fixed, cotangents
+    ways = lambda *arguments: [way(function, *arguments) for way in (whole, in_parts, at_once)]  # noqa: E731
+    expected, (*parts, (residuals, stash)), together = jax.jit(ways, compiler_options=QUICK)(*arguments)
+    equal(tuple(parts), expected)
+    equal(together, expected)
+    first = products(split.input_gradient, params, fixed, residuals, cotangents)
+    second = products(split.weight_gradient, params, fixed, residuals, stash)
+    all_of_it = products(functools.partial(whole, function), *arguments)
+    assert first + second == all_of_it - products(split.forward, params, x, fixed)
+    assert products(split.gradients, params, fixed, residuals, cotangents) == first + second
     return first, second, residuals, stash
-
-
-# --- by hand ----------------------------------------------------------------------------------------------------------
-
-
-def layers(params, x, remat):
-    def layer(x, weights):
-        def block(x, weights):
-            return x + jnp.tanh(x @ weights["up"]) @ weights["down"]
-
-        y = (jax.checkpoint(block) if remat else block)(x, weights)
-        return y, (y**2).sum()
-
-    y, aux = lax.scan(layer, x * params["scale"], params["layers"])
-    return y, aux.sum()
-
-
-def layer_arguments():
-    rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape))  # noqa: E731
-    params = {"scale": draw(8), "layers": {"up": draw(LAYERS, 8, 16), "down": draw(LAYERS, 16, 8)}}
-    return params, draw(5, 8), (draw(5, 8), draw())
 
 
 @pytest.mark.parametrize("remat", [False, True])
@@ -98,60 +59,147 @@ def test_a_scan_over_layers_is_cut_inside(remat):
 def test_the_second_part_needs_no_cotangents_and_the_first_no_weight_gradients():
     """Or the parts would be the whole twice: W of a function without weights is nothing, and B without input."""
     with jax.enable_x64(True):
-        params, x, cotangents = layer_arguments()
-        first, second, *_ = check(lambda _, x: (jnp.tanh(x @ jnp.ones((8, 8))), x.sum()), {}, x, cotangents)
+        params, x, _, cotangents = layer_arguments()
+        no_weights = lambda _, x, fixed: ((jnp.tanh(x @ jnp.ones((8, 8))), x.sum()), None)  # noqa: E731
+        first, second, *_ = check(no_weights, {}, x, None, cotangents)
         assert (first > 0, second) == (True, 0)
-        weights_only = lambda p, _: (p["layers"]["up"][0] @ jnp.ones((16, 8)), p["scale"].sum())  # noqa: E731
-        first, second, *_ = check(weights_only, params, x, (jnp.ones((8, 8)), cotangents[1]))
+        weights_only = lambda p, *_: ((p["layers"]["up"][0] @ jnp.ones((16, 8)), p["scale"].sum()), None)  # noqa: E731
+        first, second, *_ = check(weights_only, params, x, None, (jnp.ones((8, 8)), cotangents[1]))
         assert (first, second > 0) == (0, True)
 
 
+# --- what is kept -----------------------------------------------------------------------------------------------------
+
+
+def kept(function, params, x, fixed=None) -> list[tuple[int, ...]]:
+    """Shapes of what is kept between the passes, integers left out."""
+    residuals = jax.eval_shape(split_vjp(function, params, x, fixed).forward, params, x, fixed)[2]
+    return sorted(leaf.shape for leaf in residuals if jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
+W, X = jnp.ones((8, 8)), jnp.ones((5, 8))
+
+
 def test_casts_of_weights_are_made_again_and_not_kept():
-    params, x, _ = layer_arguments()
-    params, x = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (params, x))
+    function = lambda w, x, _: (x @ w.astype(jnp.bfloat16).astype(jnp.float32), None)  # noqa: E731
+    assert kept(function, W, X) == [X.shape]
 
-    def function(params, x):
-        return x @ params["layers"]["up"][0].astype(jnp.bfloat16).astype(jnp.float32)
 
-    split = split_vjp(function, params, x)
-    _, residuals = split.forward(params, x)
-    assert [leaf.shape for leaf in residuals] == [x.shape]
+def test_what_fixed_inputs_make_is_made_again_and_not_kept():
+    """Rotary tables and masks cost less to make than to keep for every microbatch in flight."""
+
+    def function(w, x, positions):
+        return x @ w * jnp.cos(positions[:, None] * jnp.arange(8.0)), None
+
+    assert kept(function, W, X, jnp.arange(5)) == [X.shape]
+
+
+def test_no_product_of_weights_is_made_again():
+    """A residual behind a product or a loop of weights alone is kept: B and W would each pay for it."""
+    power = lambda w: lax.stop_gradient(lax.fori_loop(0, 2, lambda _, w: jnp.sin(w), w))  # noqa: E731
+    twice = lambda w: lax.stop_gradient(lax.scan(lambda w, _: (jnp.sin(w), None), w, None, 2)[0])  # noqa: E731
+    for behind in (lambda w: w @ w, lambda w: w.at[0].set(w @ w[0]), power, twice):
+        assert W.shape in kept(lambda w, x, _, behind=behind: (x @ jnp.tanh(behind(w)), None), W, X)
+    assert W.shape not in kept(lambda w, x, _: (x @ jnp.tanh(jnp.sin(w)), None), W, X)
+
+
+def test_the_same_residual_is_kept_once():
+    """x goes into three products, and a layer's input into two: one copy each, in a scan one stack."""
+    function = lambda w, x, _: ((x @ w, x @ (2 * w), jnp.sin(x)), None)  # noqa: E731
+    assert kept(function, W, X) == [X.shape, X.shape]  # x, and the cosine that jax takes in the forward pass
+
+    def scanned(stack, x, _):
+        return lax.scan(lambda x, w: ((x @ w) * (x @ (2 * w)), None), x, stack)[0], None
+
+    stack = jnp.ones((LAYERS, 8, 8))
+    assert kept(scanned, stack, X) == [(LAYERS, *X.shape)] * 3  # the input and the two factors, and no weights
+
+
+def test_weights_of_a_branch_are_not_kept():
+    """jax has a branch hand on the weights that it was given, and the other fill their place."""
+
+    def function(stack, x, has):
+        run = lambda x: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, stack)[0]  # noqa: E731
+        return lax.cond(has, run, lambda x: x, x), None
+
+    stack = jnp.ones((LAYERS, 8, 8))
+    assert set(kept(function, stack, X, jnp.asarray(True))) == {(LAYERS, *X.shape)}
+
+
+class Streams(NamedTuple):
+    hidden: Any
+    other: Any
+
+
+def test_an_input_may_be_a_tree_with_holes_and_gradients_have_the_dtype_of_what_they_belong_to():
+    def function(params, x, scale):
+        y = x.hidden.astype(jnp.float32) @ params["w"].astype(jnp.float32) * scale
+        return Streams(y, None), None
+
+    params, x = {"w": W.astype(jnp.bfloat16)}, Streams(X.astype(jnp.float16), None)
+    *_, dparams, dx, _, _ = in_parts(function, params, x, jnp.int32(2), Streams(X, None))
+    assert (dparams["w"].dtype, dx.hidden.dtype, dx.other) == (jnp.bfloat16, jnp.float16, None)
+    np.testing.assert_array_equal(dx.hidden, jnp.full(X.shape, 16))
+
+
+# --- conditionals -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_conditional_is_cut_branch_by_branch(which, remat):
+    """dx and dparams of one conditional: B's holds no product of W's, whichever branch runs; one stashes nothing."""
+
+    def function(params, x, which):
+        run = lambda x: layers(params, x, None, remat)[0]  # noqa: E731
+        once = lambda x: (jnp.tanh(x @ params["layers"]["up"][0]) @ params["layers"]["down"][1], x.sum())  # noqa: E731
+        return lax.switch(which, [lambda x: (x, x.sum()), run, once], x), which + 1
+
+    with jax.enable_x64(True):
+        params, x, _, cotangents = layer_arguments()
+        first, second, *_ = check(function, params, x, jnp.int32(which), cotangents)
+    each = 2 * 5 * 8 * 16
+    assert (first, second) == ((3 if remat else 2) * each * LAYERS + 2 * each, 2 * each * (LAYERS + 1))
 
 
 # --- DeepSeek-V3's blocks ---------------------------------------------------------------------------------------------
 
 
-def stage(recompute: str):
-    """`(params, x) -> (x, balance loss)` of a scanned stage of MoE blocks, its weights and its input."""
-    model = Transformer(CONFIG)
-    blocks = stack(Block(CONFIG), LAYERS)
-    graphdef, state = nnx.split(blocks)
-    rng = np.random.default_rng(0)
-    values = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape)), nnx.to_pure_dict(state))
-    bias = values["ffn"]["router"].pop("bias")
-    positions = jnp.broadcast_to(jnp.arange(LENGTH), (ROWS, LENGTH))
-    ctx = model.context(positions, dtype=jnp.float64)
-
-    def layer(params, bias, x):
-        params = {**params, "ffn": {**params["ffn"], "router": {**params["ffn"]["router"], "bias": bias}}}
-        return nnx.merge(graphdef, params)(x, ctx)[:2]
-
-    if recompute != "none":
-        names = SAVED_ACTIVATIONS if recompute == "selective" else ()
-        policy = jax.checkpoint_policies.save_only_these_names(*names)
-        layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-
-    def function(params, x):
-        x, aux = lax.scan(lambda x, inputs: layer(*inputs, x), x, (params, bias))
-        return x, aux.sum()
-
-    x = jnp.asarray(rng.normal(size=(ROWS, LENGTH, CONFIG.hidden_size)))
-    return function, values, x, (jnp.asarray(rng.normal(size=x.shape)), jnp.asarray(0.7))
+RECOMPUTE = ["none", "selective", "full"]
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_a_stage_of_v3_blocks_is_cut_without_loss_and_without_more_work(recompute):
-    """MLA, router, grouped experts, RMSNorm and SwiGLU, custom derivatives and rematerialisation included."""
+@pytest.mark.parametrize("recompute", ["selective", pytest.param("none", marks=SLOW), pytest.param("full", marks=SLOW)])
+def test_a_stage_of_v3_blocks_is_cut_without_loss(recompute):
+    """MLA, router, grouped experts, RMSNorm and SwiGLU, custom derivatives, recomputation, dense layers in a branch."""
     with jax.enable_x64(True):
-        first, second, *_ = check(*stage(recompute))
-    assert first > 0 < second
+        check(stage_function(recompute), *jax.tree.map(jnp.asarray, stage_arguments()))
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nothing_is_exchanged_twice_and_nothing_for_the_weight_gradient(layout, recompute):
+    """So that W can fill any bubble. Inside a mesh, too, B + W multiply as much as the whole backward pass, a branch of
+    dense layers included, and weights are not kept, which are there anyway."""
+    counted = {}
+
+    def per_device(function_of, arguments):
+        function, (params, x, fixed, cotangents) = function_of(recompute), arguments
+        split = split_vjp(function, params, x, fixed)
+        _, _, residuals = split.forward(params, x, fixed)
+        _, stash = split.input_gradient(params, fixed, residuals, cotangents)
+        for count in (exchanges, products):
+            counted[count] = (
+                count(split.forward, params, x, fixed),
+                count(split.input_gradient, params, fixed, residuals, cotangents),
+                count(split.weight_gradient, params, fixed, residuals, stash),
+                count(functools.partial(whole, function), *arguments),
+            )
+        matrices = {leaf.shape for leaf in jax.tree.leaves(params) if leaf.ndim > 2}
+        counted["weights"] = matrices & {leaf.shape for leaf in residuals}
+        return x
+
+    function, arguments = on_mesh(layout, per_device)
+    function.trace(*arguments)
+    for forward, first, second, all_of_it in (counted[exchanges], counted[products]):
+        assert first + second == all_of_it - forward
+    assert (counted[exchanges][2], counted["weights"]) == (0, set())

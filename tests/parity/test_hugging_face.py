@@ -9,7 +9,7 @@ from flax import nnx
 from small_model import ATTENTION, MOE, full, gradient_descent, hyperparameters, run_step, small, trainer
 
 from deepseek_jax.config import YarnConfig
-from deepseek_jax.parallel.pipeline.executor import _merge
+from deepseek_jax.parallel.pipeline.stage import merge
 from deepseek_jax.training.optimizer import OptimizerConfig
 from deepseek_jax.tree import map_leaves
 
@@ -69,7 +69,7 @@ def test_logits(config):
     tokens = full(config, ROWS, LENGTH).tokens[:, :-1]
     with torch.no_grad():
         theirs = model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
-    merged = {kind: _merge(tree, state.router_bias.get(kind)) for kind, tree in state.params.items()}
+    merged = {kind: merge(tree, state.router_bias.get(kind)) for kind, tree in state.params.items()}
     merged = {
         kind: map_leaves(lambda leaf: leaf[0], tree) if kind in ("dense", "moe") else tree
         for kind, tree in merged.items()

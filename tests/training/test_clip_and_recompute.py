@@ -11,8 +11,9 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from small_model import abstract_state, full, hyperparameters, initial_state, packed, run_step, small, trainer
 
-from deepseek_jax.parallel.pipeline import LossScales, one_rank, pipeline
-from deepseek_jax.parallel.pipeline.protocol import StagedModel
+from deepseek_jax.parallel.pipeline.executor import pipeline
+from deepseek_jax.parallel.pipeline.generators import one_rank
+from deepseek_jax.parallel.pipeline.protocol import LossScales, StagedModel, Streams
 from deepseek_jax.tree import flatten
 
 DENSE = small(num_layers=1, num_dense_layers=1, mtp_depth=0)
@@ -120,13 +121,12 @@ def test_microbatches_add_their_gradients_in_float32():
     count = 512
     model = StagedModel(
         context=lambda batch: None,
-        embed=lambda params, batch: batch,
+        narrow=lambda ctx, real, ahead: ctx,
+        embed=lambda params, batch: Streams(batch),
         layers={},
-        finish=lambda params, x, batch, ctx, scales: (
-            (params["head"]["weight"] * x).sum().astype(jnp.float32) * scales.main,
+        finish=lambda params, hidden, batch, scales: (
+            (params["head"]["weight"] * hidden[0]).sum().astype(jnp.float32) * scales.main,
             {"loss_main": jnp.float32(0), "loss_mtp": jnp.float32(0)},
-            jnp.float32(0),
-            {},
         ),
     )
     batch = jnp.full((count, 1), 2.0**-10, jnp.bfloat16).at[0].set(1)

@@ -12,7 +12,7 @@ from small_model import abstract_state, full, hyperparameters, initial_state, pa
 
 from deepseek_jax.model.parameters import RouterBias
 from deepseek_jax.model.targets import Microbatch
-from deepseek_jax.parallel.pipeline.executor import _merge
+from deepseek_jax.parallel.pipeline.stage import merge
 from deepseek_jax.tree import flatten
 
 CONFIG = small(num_layers=2, num_dense_layers=0, mtp_depth=2)
@@ -150,7 +150,7 @@ def test_every_label_is_counted_once(whole):
     with jax.enable_x64(True):
         initial = initial_state(runner, jnp.float64)
         params, biases = jax.tree.map(np.asarray, (initial.params, initial.router_bias))
-        merged = {kind: _merge(tree, biases.get(kind)) for kind, tree in params.items()}
+        merged = {kind: merge(tree, biases.get(kind)) for kind, tree in params.items()}
         merged = {
             kind: jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), tree) if kind in ("dense", "moe", "mtp") else tree
             for kind, tree in merged.items()

@@ -1,22 +1,23 @@
 """The pipeline transform: pure functions of a model in, loss and gradients of a whole batch out.
 
 Per-device code, called inside the step's `shard_map`. Nothing here communicates over data or expert axes: losses,
-gradients and loads are this device's sums, and the step reduces them.
+gradients and loads are this device's sums, and the step reduces them. Over `pipe` too each rank has its part.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from deepseek_jax.config import require
 from deepseek_jax.parallel.pipeline.protocol import LayerStats, LossScales, Recompute, StagedModel
 from deepseek_jax.parallel.pipeline.schedule import Schedule
+from deepseek_jax.parallel.pipeline.stage import STACKS, Occupied, Stage
+from deepseek_jax.parallel.pipeline.ticks import Machine, Overlap
 from deepseek_jax.tree import Tree
 
 
@@ -28,7 +29,7 @@ class Outputs(NamedTuple):
     sums: dict[str, jax.Array]
     """Unscaled sums: `loss_main`, `loss_mtp` (nats) and `loss_balance`."""
     stats: dict[str, LayerStats]
-    """Per kind of layer with experts, leaves `[layers, ...]`."""
+    """Per stack of layers with experts, leaves `[slots, ...]`: of the layers that this rank holds."""
 
 
 class Pipeline(NamedTuple):
@@ -37,32 +38,61 @@ class Pipeline(NamedTuple):
     `batch` is a pytree of `[M, rows, ...]`: one leading index per microbatch. Gradients are float32 or wider.
     """
 
-    value_and_grad: Callable[[Tree, Tree, Any, LossScales], tuple[Outputs, Tree]]
-    evaluate: Callable[[Tree, Tree, Any, LossScales], Outputs]
+    value_and_grad: Callable[[Tree, Tree, object, LossScales], tuple[Outputs, Tree]]
+    evaluate: Callable[[Tree, Tree, object, LossScales], Outputs]
 
 
 def pipeline(
-    model: StagedModel, schedule: Schedule, *, recompute: Recompute = "none", unroll_layers: int = 1
+    model: StagedModel,
+    schedule: Schedule,
+    *,
+    occupied: Mapping[str, np.ndarray] | None = None,
+    recompute: Recompute = "none",
+    unroll_layers: int = 1,
+    overlap: Overlap = "none",
 ) -> Pipeline:
-    """Runs `model` by `schedule`.
+    """Runs `model` by `schedule`, over the ranks of the mesh axis `pipe`.
 
     Args:
       model: the functions to run.
       schedule: the order of work; with one rank, microbatches follow each other and gradients accumulate.
+      occupied: bool `[stages, slots]` per stack of layers: which slots of each stage's stack hold a layer. Needed where
+        there are several stages.
       recompute: what the backward pass computes again instead of keeping it.
       unroll_layers: layers of one kind that the program holds one after the other before it repeats.
+      overlap: how steady ticks are run; see `ParallelConfig.overlap`.
 
-    Raises:
-      ConfigError: the schedule is over several ranks.
+    Parameters and gradients of several stages: a rank's stacks hold its stages' slots one stage after the other, in the
+    order of the schedule's slots; where two directions share the model, those of the stage of its first slot alone.
     """
-    require(
-        schedule.ranks == 1,
-        f"schedule {schedule.name!r} over {schedule.ranks} pipeline ranks cannot be run yet: set parallel.pipe to 1",
-    )
-    recomputing = functools.partial(_recomputing, model, recompute)
+    stage = Stage(model, recompute, unroll_layers)
+    if schedule.ranks == 1 and schedule.stages.slots == 1:
+        return _on_one_rank(stage, schedule)
+    assert occupied is not None, "several stages need to know which of their slots hold a layer"
+    machine = Machine(stage, schedule, occupied, overlap=overlap)
 
-    def loss_of(params, state, batch, scales):
-        return _microbatch(model, params, state, batch, scales, recomputing, unroll_layers)
+    def value_and_grad(params, state, batch, scales):
+        _check_microbatches(batch, schedule)
+        total, gradients = machine.value_and_grad(params, state, batch, scales)
+        return Outputs(*total), gradients
+
+    def evaluate(params, state, batch, scales):
+        _check_microbatches(batch, schedule)
+        return Outputs(*machine.evaluate(params, state, batch, scales))
+
+    return Pipeline(value_and_grad, evaluate)
+
+
+def _on_one_rank(stage: Stage, schedule: Schedule) -> Pipeline:
+    """Gradient accumulation: one microbatch after the other, forward and backward."""
+    model = stage.model
+
+    def loss_of(params, state, batch, scales: LossScales):
+        out, counted = stage(params, state, model.embed(params, batch), batch, Occupied())
+        ends = {name: tree for name, tree in params.items() if name not in STACKS}
+        loss, sums = stage.recomputing(model.finish)(ends, out.hidden, batch, scales)
+        loss += scales.balance * out.aux
+        return loss, Outputs(loss, {**sums, "loss_balance": out.aux}, counted)
 
     gradient_of = jax.value_and_grad(loss_of, has_aux=True)
 
@@ -83,56 +113,6 @@ def pipeline(
         return _total(lax.map(lambda microbatch: loss_of(params, state, microbatch, scales)[1], batch))
 
     return Pipeline(value_and_grad, evaluate)
-
-
-def _microbatch(model: StagedModel, params, state, batch, scales: LossScales, recomputing: Callable, unroll: int):
-    """The scaled loss of one microbatch and its `Outputs`."""
-    ctx = model.context(batch)
-    x = model.embed(params, batch)
-    aux_total: Any = 0.0
-    counted: dict[str, LayerStats] = {}
-    for kind, layer in model.layers.items():
-        stack = _merge(params[kind], state.get(kind))
-        x, aux, stats = scan_layers(recomputing(layer), stack, x, ctx, unroll)
-        aux_total += aux
-        if stats.load.shape[-1]:
-            counted[kind] = stats
-    ends = {name: _merge(tree, state.get(name)) for name, tree in params.items() if name not in model.layers}
-    loss, sums, aux, of_ends = recomputing(model.finish)(ends, x, batch, ctx, scales)
-    aux_total += aux
-    loss += scales.balance * aux_total
-    return loss, Outputs(loss, {**sums, "loss_balance": aux_total}, {**counted, **of_ends})
-
-
-def _recomputing(model: StagedModel, recompute: Recompute, function: Callable) -> Callable:
-    """`function`, keeping for its backward pass what `recompute` says."""
-    if recompute == "none":
-        return function
-    names = model.saved_activations if recompute == "selective" else ()
-    policy = jax.checkpoint_policies.save_only_these_names(*names)
-    # Inside a scan nothing can be merged across the barrier that prevent_cse would put there, at some cost.
-    return jax.checkpoint(function, policy=policy, prevent_cse=False)
-
-
-def scan_layers(layer, stack: Tree, x, ctx, unroll: int = 1):
-    """Applies `layer` with each entry of a stack of parameters in turn: (x, Σ aux, stats `[layers, ...]`)."""
-
-    def step(x, params):
-        x, aux, stats = layer(params, x, ctx)
-        return x, (aux, stats)
-
-    x, (aux, stats) = lax.scan(step, x, stack, unroll=unroll)
-    return x, aux.sum(), stats
-
-
-def _merge(params: Tree, state: Tree | None) -> Tree:
-    """Parameters and router biases of the same modules as one nested dict."""
-    if state is None:
-        return params
-    merged = dict(params)
-    for name, value in state.items():
-        merged[name] = _merge(params.get(name, {}), value) if isinstance(value, dict) else value
-    return merged
 
 
 def _total(outputs: Outputs) -> Outputs:

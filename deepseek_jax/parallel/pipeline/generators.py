@@ -16,7 +16,7 @@ are another matter: see `simulate.py`. `interleaved_1f1b` stands for `interleave
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from deepseek_jax.config import ConfigError, require
 from deepseek_jax.parallel.pipeline.schedule import Cell, Op, Schedule, StageMap
@@ -41,14 +41,11 @@ def gpipe(ranks: int, microbatches: int) -> Schedule:
 
 def one_f_one_b(ranks: int, microbatches: int) -> Schedule:
     """As many forwards ahead as the stages after this one, then one backward for each forward (arXiv 2006.09503)."""
+    forwards = [_forward(0, m) for m in range(microbatches)]
+    backwards = [[_backward(0, m)] for m in range(microbatches)]
 
     def cells(rank: int) -> Iterable[Cell]:
-        ahead = min(microbatches, ranks - 1 - rank)
-        yield from (_forward(0, m) for m in range(ahead))
-        for m in range(microbatches):
-            if ahead + m < microbatches:
-                yield _forward(0, ahead + m)
-            yield _backward(0, m)
+        return _in_turn(ranks - 1 - rank, forwards, backwards)
 
     return _schedule("one_f_one_b", StageMap("straight", ranks), microbatches, cells)
 
@@ -83,26 +80,21 @@ def interleaved_one_f_one_b(ranks: int, microbatches: int, chunks: int = 2) -> S
         + (f"{most} or " if most else "")
         + f"{most + ranks}",
     )
-    total = microbatches * chunks
+    stages = StageMap("interleaved", ranks, chunks)
 
     def step(k: int) -> tuple[int, int]:
         """(chunk, microbatch) of the k-th forward: P microbatches through each chunk, then the next P."""
         group, within = divmod(k, ranks * chunks)
         return within // ranks, group * ranks + within % ranks
 
-    def backward(k: int) -> Cell:
-        chunk, m = step(k)
-        return _backward(chunks - 1 - chunk, m)
+    steps = [step(k) for k in range(microbatches * chunks)]
+    forwards = [_forward(chunk, m) for chunk, m in steps]
+    backwards = [[_backward(chunks - 1 - chunk, m)] for chunk, m in steps]
 
     def cells(rank: int) -> Iterable[Cell]:
-        ahead = min(total, 2 * (ranks - 1 - rank) + (chunks - 1) * ranks)
-        yield from (_forward(*step(k)) for k in range(ahead))
-        for k in range(total):
-            if ahead + k < total:
-                yield _forward(*step(ahead + k))
-            yield backward(k)
+        return _in_turn(2 * (ranks - 1 - rank) + (chunks - 1) * ranks, forwards, backwards)
 
-    return _schedule("interleaved_one_f_one_b", StageMap("interleaved", ranks, chunks), microbatches, cells)
+    return _schedule("interleaved_one_f_one_b", stages, microbatches, cells)
 
 
 def zb_h1(ranks: int, microbatches: int) -> Schedule:
@@ -110,19 +102,17 @@ def zb_h1(ranks: int, microbatches: int) -> Schedule:
 
     The handcrafted ZB-H1 of Qi et al., arXiv 2401.10241, figure 3: the memory of 1F1B with a third of its bubble.
     """
+    forwards = [_forward(0, m) for m in range(microbatches)]
 
     def cells(rank: int) -> Iterable[Cell]:
-        ahead = min(microbatches, ranks - 1 - rank)
-        yield from (_forward(0, m) for m in range(ahead))
-        for m in range(microbatches):
-            if ahead + m < microbatches:
-                yield _forward(0, ahead + m)
+        def backward(m: int) -> list[Cell]:
+            """Of microbatch m, and the weight gradient that is due after it."""
             if rank == 0:
-                yield _backward(0, m)
-                continue
-            yield (Op("B", 0, m),)
-            if m >= rank:
-                yield (Op("W", 0, m - rank),)
+                return [_backward(0, m)]
+            due: list[Cell] = [(Op("W", 0, m - rank),)] if m >= rank else []
+            return [(Op("B", 0, m),), *due]
+
+        yield from _in_turn(ranks - 1 - rank, forwards, [backward(m) for m in range(microbatches)])
         if rank:
             yield from ((Op("W", 0, m),) for m in range(max(microbatches - rank, 0), microbatches))
 
@@ -233,6 +223,15 @@ def _two_way(half: int, h: int, spare: int, near: int, starts: dict[int, int]) -
         yield b(near, whole=False)
     for _ in range(h + 1):  # 8
         yield w()
+
+
+def _in_turn(ahead: int, forwards: Sequence[Cell], backwards: Sequence[Sequence[Cell]]) -> Iterable[Cell]:
+    """`ahead` forwards, then the cells of each backward in turn, a forward before each as long as there are any."""
+    ahead = min(ahead, len(forwards))
+    yield from forwards[:ahead]
+    for k, backward in enumerate(backwards):
+        yield from forwards[ahead + k : ahead + k + 1]
+        yield from backward
 
 
 def _forward(slot: int, microbatch: int) -> Cell:

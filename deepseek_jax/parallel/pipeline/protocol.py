@@ -1,4 +1,4 @@
-"""What a model offers to be run by a pipeline: five pure functions, in one file."""
+"""What a model offers to be run by a pipeline: a few pure functions, in one file."""
 
 from __future__ import annotations
 
@@ -48,21 +48,56 @@ class LayerStats(NamedTuple):
         return total._replace(traffic=total.traffic._replace(demand=self.traffic.demand.max(axis=0)))
 
 
+class Streams(NamedTuple):
+    """What goes from stage to stage."""
+
+    hidden: jax.Array
+    """`[B, S, D]`."""
+    embedding: Any = None
+    """`[B, S, D]`: the tokens' embeddings, which MTP modules read in the last stage; None where there is none."""
+
+
 LayerFunction = Callable[[Tree, Any, Any], tuple[Any, jax.Array, LayerStats]]
 """`layer(params, x, ctx) -> (x, aux, stats)`: aux is the unscaled balance loss."""
 
 
 @dataclasses.dataclass(frozen=True)
+class Ahead:
+    """Multi-token prediction: what turns a layer behind the last one into a module that predicts a token further."""
+
+    depth: int
+    """Modules, each after the other."""
+    join: Callable[[int, Tree, Tree, Any, Any], Any]
+    """`join(k, params, ends, hidden, embedding) -> x`: what the layer of module k (from 0) reads; hidden is the main
+    model's for k = 0, else what module k - 1 left."""
+    leave: Callable[[Tree, Any], Any]
+    """`leave(params, x) -> hidden`: what the module leaves, of what its layer made."""
+
+
+@dataclasses.dataclass(frozen=True)
 class StagedModel:
-    """A model cut where a pipeline may cut it. Parameters are one nested dict; `params[kind]` is a stack of layers."""
+    """A model cut where a pipeline may cut it.
+
+    Parameters are one nested dict: `params["dense"]` and `params["moe"]` are stacks of layers, `params["mtp"]` of MTP
+    modules, whose layer is under `block`; the others are the *ends*.
+    """
 
     context: Callable[[Any], Any]
     """`context(microbatch) -> ctx`, the same for every layer."""
-    embed: Callable[[Tree, Any], Any]
-    """`embed(params, microbatch) -> x`, what the first layer reads."""
+    narrow: Callable[[Any, Any, Any], Any]
+    """`narrow(ctx, real, ahead) -> ctx` for a layer that is there only if `real` (True, or a bool scalar); `ahead` is
+    None, or (k, whether the layer is that of the MTP module of depth k)."""
+    embed: Callable[[Tree, Any], Streams]
+    """`embed(ends, microbatch) -> x`, what the first layer reads."""
     layers: Mapping[str, LayerFunction]
-    """One function per kind of layer, in the order in which the kinds follow each other."""
-    finish: Callable[[Tree, Any, Any, Any, LossScales], tuple[jax.Array, dict, jax.Array, dict[str, LayerStats]]]
-    """`finish(params, x, microbatch, ctx, scales) -> (loss, sums, aux, stats)`: final norm, MTP, losses."""
+    """One function per kind of layer, in the order in which the kinds follow each other: dense, moe."""
+    finish: Callable[[Tree, tuple, Any, LossScales], tuple[jax.Array, dict[str, jax.Array]]]
+    """`finish(ends, hidden, microbatch, scales) -> (loss, sums)`: hidden states of the main model, before the final
+    norm, and of each MTP module."""
+    ahead: Ahead | None = None
+    shared_ends: tuple[str, ...] = ()
+    """Ends that `Ahead.join` reads besides."""
+    split_ends: tuple[str, ...] = ()
+    """Ends of which each rank of `pipe` has its own part; any other is whole and equal on all."""
     saved_activations: tuple[str, ...] = ()
     """Names (`checkpoint_name`) of what the backward pass keeps under selective recomputation."""

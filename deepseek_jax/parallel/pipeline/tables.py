@@ -9,6 +9,9 @@ what tick t makes or receives is carried, and written before tick t + 1 reads. S
 after it was made until the tick that reads it last, and with rows given out by interval colouring a ring has as many of
 them as are ever taken at once. One more row, the *scratch* row (its index is the ring's number of rows), takes what
 nobody reads: no write is ever masked.
+
+Forward-only tables, for evaluation, run the same forwards in the same order, each in the first tick in which its input
+is there. The head reads what the last stage made in the tick after that, through `output` as ever.
 """
 
 from __future__ import annotations
@@ -20,9 +23,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deepseek_jax.parallel.pipeline.check import check
+from deepseek_jax.parallel.pipeline.check import check, in_order
 from deepseek_jax.parallel.pipeline.schedule import Op, Schedule
 from deepseek_jax.parallel.pipeline.simulate import assign_ticks
+from deepseek_jax.parallel.pipeline.steady import Steady, find_steady
 
 
 class Rings(NamedTuple):
@@ -37,7 +41,7 @@ class Rings(NamedTuple):
     gradient: int
     """Cotangents, from arrival to B."""
     output: int
-    """What the last stage made, from F to B, where the loss and its cotangent are made."""
+    """What the last stage made, from F to the head, which makes the loss and its cotangent."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +69,8 @@ class TickTables:
     b_cotangent: np.ndarray
     """B: the row of `gradient` with its cotangent; scratch in the last stage, whose cotangent the loss makes."""
     b_output: np.ndarray
-    """B: the row of `output` from which the last stage makes the loss; scratch in any other."""
+    """The row of `output` from which the head makes the loss of the last stage's B; scratch in any other stage, and
+    forward-only the row that the head reads, although no rank does a B."""
     b_residual: np.ndarray
     """B: the row of `residual` that it reads."""
     b_stash: np.ndarray
@@ -99,7 +104,8 @@ class TickTables:
     """`[T, directions]`: the microbatch whose first-stage F is in this tick, or -1. Like the next two the same on all
     ranks: it calls all of them to work on an end whose vocabulary is split over them."""
     head: np.ndarray
-    """`[T, directions]`: the microbatch whose last-stage B is in this tick and needs the loss's cotangent, or -1."""
+    """`[T, directions]`: the microbatch whose last-stage B is in this tick and needs the loss's cotangent, or -1.
+    Forward-only the microbatch whose last-stage F was in the tick before."""
     embed_gradient: np.ndarray
     """`[T, directions]`: the microbatch whose first-stage B in this tick yields the embedding's gradient, or -1."""
 
@@ -114,18 +120,26 @@ class TickTables:
         return {name: getattr(self, name) for name in (*RANK_COLUMNS, *END_COLUMNS)}
 
     @functools.cached_property
-    def steady(self) -> tuple[int, int]:
-        """(first tick, tick after the last) of the longest run in which every rank does an F and a full B; maybe empty.
+    def steady(self) -> Steady | None:
+        """The run of ticks that a program can do without a branch, if there is one: never forward-only."""
+        activation, gradient = self.rings.activation, self.rings.gradient
+        return find_steady(self.columns, slots=self.schedule.stages.slots, activation=activation, gradient=gradient)
 
-        Its ticks are all alike, so a program needs no branch in them.
-        """
-        full = np.all((self.f_slot >= 0) & (self.b_slot >= 0) & (self.w_own > 0), axis=1).tolist()
-        best, start = (0, 0), 0
-        for tick, is_full in enumerate(full):
-            if not is_full:
-                start = tick + 1
-            best = max(best, (start, tick + 1), key=lambda run: run[1] - run[0])
-        return best
+    @property
+    def directions_of_x(self) -> tuple[bool, bool, bool]:
+        """Whether any rank ever stores an activation from its left, from its right, and from itself."""
+        return self._directions("x", self.rings.activation)
+
+    @property
+    def directions_of_dx(self) -> tuple[bool, bool, bool]:
+        """The same of gradients."""
+        return self._directions("dx", self.rings.gradient)
+
+    def _directions(self, what: str, scratch: int) -> tuple[bool, bool, bool]:
+        left, right, own = (
+            bool((self.columns[f"{what}_from_{side}"] != scratch).any()) for side in ("left", "right", "self")
+        )
+        return left, right, own
 
 
 END_COLUMNS = ("embed", "head", "embed_gradient")
@@ -163,16 +177,21 @@ class _Interval(NamedTuple):
     """(tick, column)."""
 
 
-def make_tables(schedule: Schedule) -> TickTables:
+def make_tables(schedule: Schedule, *, forward_only: bool = False) -> TickTables:
     """The tables of a schedule.
+
+    Args:
+      schedule: what to run; checked first.
+      forward_only: its forwards alone, for evaluation. Columns of B and W say "nothing", but for `b_output`; the rings
+        `residual`, `stash` and `gradient` have no rows.
 
     Raises:
       ConfigError: the schedule cannot run (`check`).
     """
     check(schedule)
-    ticks = assign_ticks(schedule)
-    count = 1 + max(of_rank[-1] for of_rank in ticks)
-    at = [{op: ticks[rank][index] for index, op in schedule.ops(rank)} for rank in range(schedule.ranks)]
+    at = _forward_ticks(schedule) if forward_only else _ticks(schedule)
+    # Forward-only the head follows the last stage by a tick.
+    count = 1 + max(max(here.values()) for here in at) + forward_only
     columns = {name: np.full((count, schedule.ranks), -1, np.int32) for name in RANK_COLUMNS}
     columns["w_own"][:] = 0
     sizes = dict.fromkeys(Rings._fields, 0)
@@ -191,7 +210,26 @@ def make_tables(schedule: Schedule) -> TickTables:
     for column, ring in _RING_OF.items():
         entries = columns[column]
         entries[entries < 0] = sizes[ring]
-    return TickTables(schedule, Rings(**sizes), **columns, **_ends(schedule, at, count))
+    return TickTables(schedule, Rings(**sizes), **columns, **_ends(schedule, at, count, forward_only))
+
+
+def _ticks(schedule: Schedule) -> list[dict[Op, int]]:
+    """Per rank, the tick of each op."""
+    ticks = assign_ticks(schedule)
+    return [{op: ticks[rank][index] for index, op in schedule.ops(rank)} for rank in range(schedule.ranks)]
+
+
+def _forward_ticks(schedule: Schedule) -> list[dict[Op, int]]:
+    """Per rank, the tick of each F if nothing else is done: the first after the one before it and that of its input."""
+    at: list[dict[Op, int]] = [{} for _ in range(schedule.ranks)]
+    for rank, index in in_order(schedule):
+        for op in schedule.cells[rank][index]:
+            if op.kind != "F":
+                continue
+            source = schedule.sender(rank, op)
+            made = -1 if source is None else at[source[0]][Op("F", source[1], op.microbatch)]
+            at[rank][op] = 1 + max(made, max(at[rank].values(), default=-1))
+    return at
 
 
 def _intervals(schedule: Schedule, rank: int, at: list[dict[Op, int]]) -> dict[str, list[_Interval]]:
@@ -201,14 +239,17 @@ def _intervals(schedule: Schedule, rank: int, at: list[dict[Op, int]]) -> dict[s
     for op, tick in here.items():
         if op.kind == "W":
             continue
-        b, w = (here[Op(kind, op.slot, op.microbatch)] for kind in ("B", "W"))
+        b, w = (here.get(Op(kind, op.slot, op.microbatch)) for kind in ("B", "W"))
         source = schedule.sender(rank, op)
-        if op.kind == "F":
-            found["residual"].append(_Interval(tick, w, ((tick, "f_residual"), (b, "b_residual"), (w, "w_residual"))))
-            if schedule.receiver(rank, op) is None:
-                found["output"].append(_Interval(tick, b, ((tick, "f_output"), (b, "b_output"))))
-        elif w > tick:
-            found["stash"].append(_Interval(tick, w, ((tick, "b_stash"), (w, "w_stash"))))
+        if op.kind == "F" and schedule.receiver(rank, op) is None:
+            head = tick + 1 if b is None else b
+            found["output"].append(_Interval(tick, head, ((tick, "f_output"), (head, "b_output"))))
+        if b is not None and w is not None:  # not forward-only
+            if op.kind == "F":
+                rows = ((tick, "f_residual"), (b, "b_residual"), (w, "w_residual"))
+                found["residual"].append(_Interval(tick, w, rows))
+            elif w > tick:
+                found["stash"].append(_Interval(tick, w, ((tick, "b_stash"), (w, "w_stash"))))
         if source is not None:
             sent = at[source[0]][Op(op.kind, source[1], op.microbatch)]
             ring, reader, arrival = (
@@ -242,13 +283,15 @@ def _colour(intervals: list[_Interval]) -> tuple[list[int], int]:
     return rows, len(last_read)
 
 
-def _ends(schedule: Schedule, at: list[dict[Op, int]], count: int) -> dict[str, np.ndarray]:
+def _ends(schedule: Schedule, at: list[dict[Op, int]], count: int, forward_only: bool) -> dict[str, np.ndarray]:
     stages = schedule.stages
     columns = {name: np.full((count, stages.directions), -1, np.int32) for name in END_COLUMNS}
+    head = ("F", 1) if forward_only else ("B", 0)
+    works = {"embed": (0, "F", 0), "head": (stages.stages - 1, *head), "embed_gradient": (0, "B", 0)}
     for direction in range(stages.directions):
-        for name, kind, stage in (("embed", "F", 0), ("head", "B", stages.stages - 1), ("embed_gradient", "B", 0)):
+        for name, (stage, kind, later) in works.items():
             rank, slot = stages.home(direction, stage)
             for op, tick in at[rank].items():
                 if op.kind == kind and op.slot == slot:
-                    columns[name][tick, direction] = op.microbatch
+                    columns[name][tick + later, direction] = op.microbatch
     return columns

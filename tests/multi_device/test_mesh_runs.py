@@ -1,11 +1,10 @@
-"""A run changes its number of devices on the way, from one to eight and back, and hardly notices."""
+"""Whole runs on several devices: they move between meshes, go on bit for bit, and write what their dispatch cost."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-import os
 import signal
 import types
 from typing import Any
@@ -15,10 +14,12 @@ import numpy as np
 import pytest
 from tiny_run import (
     LENGTH,
+    SCHEDULE,
     after_step,
     assert_same_arrays,
     checkpoint,
     experiment,
+    kill,
     quick_runs,
     records,
     train,
@@ -28,38 +29,51 @@ from tiny_run import (
 from deepseek_jax.parallel.mesh import ParallelConfig, make_mesh
 from deepseek_jax.training import canonical, loop
 from deepseek_jax.training.experiment import CheckpointConfig, EvaluationConfig
+from deepseek_jax.training.opening import FORCED_BALANCE
 from deepseek_jax.training.optimizer import OptimizerConfig
 from deepseek_jax.training.schedules import constant
 from deepseek_jax.training.step import Trainer
 
-ROWS = 6
-"""On eight devices two of them get an empty row."""
-STEPS = 9
+STEPS, ROWS = 9, 6
+"""Of the runs on replicas; on eight devices two of them get an empty row."""
+EXPERT_STEPS, EXPERT_ROWS = 6, 8
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Experiments by number of devices; each runs on so many of the eight that are there."""
+    """Experiments on one device, on eight replicas, and with experts on two nodes of two; and a folder for runs."""
     texts = write_texts(tmp_path_factory.mktemp("texts"))
 
-    def first_devices(config):
+    def first_devices(config):  # so many of the eight that are there
         return make_mesh(config, jax.devices()[: math.prod(config.shape)])
+
+    def lasting(steps, rows, **changes):
+        return dataclasses.replace(SCHEDULE, total_tokens=steps * rows * LENGTH, batch_rows=constant(rows), **changes)
 
     with quick_runs() as patch:
         patch.setattr(loop, "make_mesh", first_devices)
-        base = experiment(texts)
-        schedule = dataclasses.replace(
-            base.schedule, total_tokens=STEPS * ROWS * LENGTH, batch_rows=constant(ROWS), bias_rate=constant(0.001)
-        )
-        base = dataclasses.replace(
-            base,
-            schedule=schedule,
+        evaluation = EvaluationConfig(batch_rows=4, samples=("def ",), sample_tokens=4)
+        one = experiment(
+            texts,
+            schedule=lasting(STEPS, ROWS, bias_rate=constant(0.001)),
             optimizer=OptimizerConfig(peak_lr=1e-2),
+            parallel=ParallelConfig(),
             checkpoint=CheckpointConfig(keep_last=9),
-            evaluation=EvaluationConfig(batch_rows=4, samples=("def ",), sample_tokens=4),
+            evaluation=evaluation,
         )
-        one, eight = (dataclasses.replace(base, parallel=ParallelConfig(data=n)) for n in (1, 8))
-        yield types.SimpleNamespace(one=one, eight=eight, root=tmp_path_factory.mktemp("runs"))
+        eight = dataclasses.replace(one, parallel=ParallelConfig(data=8))
+        experts = experiment(
+            texts,
+            schedule=lasting(EXPERT_STEPS, EXPERT_ROWS),
+            parallel=ParallelConfig(node=2, expert=2, capacity=1.0, microbatch_rows=1),
+            checkpoint=CheckpointConfig(every_steps=3, keep_last=9),
+            evaluation=evaluation,
+        )
+        root = tmp_path_factory.mktemp("runs")
+        yield types.SimpleNamespace(one=one, eight=eight, experts=experts, root=root)
+
+
+# --- from one device to eight and back ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +98,7 @@ def moved(runs):
             began[number, "devices"] = {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state)}
         return real(self, state, batch, hyper)
 
-    def stop(state):
-        os.kill(os.getpid(), signal.SIGTERM)
-
+    stop = kill(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "step", step)
         with after_step(3, stop):
@@ -137,3 +149,46 @@ def test_eight_devices_evaluate_speak_and_report_as_one(runs, whole):
     assert " x cpu" in printed
     losses, expected = ([line["loss"] for line in records(f, "train")] for f in (folder, whole))
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+# --- experts on several devices -------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_what_its_dispatch_cost_and_goes_on_bit_for_bit(runs):
+    whole, parts = runs.root / "experts", runs.root / "experts.parts"
+    result, printed = train(runs.experts, whole)
+    assert result.status == "done"
+    assert "mesh node 2 x expert 2; tokens reach experts by two_hop; optimizer state once across data ranks" in printed
+    written = records(whole, "train")
+    assert len(written) == EXPERT_STEPS
+    layers, experts = np.shape(written[0]["load"])
+    for record in written:
+        room, demand = np.array(record["dispatch_room"]), np.array(record["dispatch_demand"])
+        assert room.shape == demand.shape == (3,)
+        assert (demand <= room).all()
+        assert np.shape(record["dispatch_bytes"]) == (2,)
+        assert min(record["dispatch_bytes"]) > 0
+        assert np.shape(record["device_load"]) == (layers, 4)
+        # Devices hold neighbouring experts: their shares are sums of the experts'.
+        by_device = np.reshape(record["load"], (layers, 4, experts // 4)).sum(axis=2)
+        np.testing.assert_allclose(record["device_load"], by_device, atol=1e-5)
+        assert "forced_balance" not in record
+    with after_step(3, kill(signal.SIGTERM)):
+        assert train(runs.experts, parts)[0].status == "interrupted"
+    assert train(runs.experts, parts, resume=True)[0].status == "done"
+    (arrays, documents), (others, other_documents) = checkpoint(whole, EXPERT_STEPS), checkpoint(parts, EXPERT_STEPS)
+    assert_same_arrays(arrays, others)
+    assert documents["meta"]["room"] == other_documents["meta"]["room"]
+    assert "experts of each device computed" in (whole / "report.html").read_text()
+
+
+def test_forced_balance_is_even_and_cannot_be_overlooked(runs):
+    config = dataclasses.replace(runs.experts, force_balanced_routing=True)
+    folder = runs.root / "forced"
+    _, printed = train(config, folder)
+    assert FORCED_BALANCE in printed
+    written = records(folder, "train")
+    assert all(record["forced_balance"] for record in written)
+    assert max(max(record["max_vio"]) for record in written) < 0.2
+    assert written[-1]["dispatch_reruns"] == 0
+    assert "FORCED BALANCE" in (folder / "report.html").read_text()

@@ -1,0 +1,68 @@
+"""Trees of arrays inside `shard_map`, all of whose leaves vary over every mesh axis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deepseek_jax.compat import to_varying
+from deepseek_jax.parallel.mesh import AXES
+
+
+def zeros(tree: Any, rows: int | None = None) -> Any:
+    """Zeros like a tree of arrays or shapes; with so many rows in front."""
+    lead = () if rows is None else (rows,)
+    return to_varying(jax.tree.map(lambda leaf: jnp.zeros((*lead, *leaf.shape), leaf.dtype), tree), AXES)
+
+
+def wide_zeros(tree: Any) -> Any:
+    """Zeros like a tree, in float32 or wider."""
+    wide = lambda leaf: jnp.zeros_like(leaf, dtype=jnp.promote_types(leaf.dtype, jnp.float32))  # noqa: E731
+    return to_varying(jax.tree.map(wide, tree), AXES)
+
+
+def add(total: Any, tree: Any) -> Any:
+    """The sum, in the dtypes of `total`."""
+    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, tree)
+
+
+def where(predicate: jax.Array, then: Any, otherwise: Any = None) -> Any:
+    """Leaf by leaf `jnp.where`; otherwise zeros."""
+    if otherwise is None:
+        return jax.tree.map(lambda a: jnp.where(predicate, a, jnp.zeros_like(a)), then)
+    return jax.tree.map(lambda a, b: jnp.where(predicate, a, b), then, otherwise)
+
+
+def choose(index: jax.Array, trees: Sequence[Any]) -> Any:
+    """The tree of that number, from 0."""
+    if len(trees) == 1:
+        return trees[0]
+    which = to_varying(index.astype(jnp.int32), AXES)
+    return jax.tree.map(lambda *leaves: lax.select_n(which, *leaves), *trees)
+
+
+def take(ring: Any, row: jax.Array) -> Any:
+    """A row of every leaf."""
+    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, row, keepdims=False), ring)
+
+
+def put(ring: Any, row: jax.Array, value: Any) -> Any:
+    """The ring with `value` in a row."""
+    return jax.tree.map(lambda leaf, v: lax.dynamic_update_index_in_dim(leaf, v, row, 0), ring, value)
+
+
+def joined(parts: Sequence[Any]) -> Any:
+    """Trees one after the other along their leaves' first dimension."""
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+def parted(tree: Any, count: int) -> tuple:
+    """The inverse of `joined`, for so many equal parts."""
+    if count == 1:
+        return (tree,)
+    parts = [jax.tree.map(lambda leaf, k=k: jnp.split(leaf, count)[k], tree) for k in range(count)]
+    return tuple(parts)

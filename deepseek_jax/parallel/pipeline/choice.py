@@ -1,0 +1,89 @@
+"""Which schedule a run uses: one of the known ones by name, or a user's own from a text file."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from deepseek_jax.config import ConfigError, require
+from deepseek_jax.parallel.pipeline.generators import make_schedule
+from deepseek_jax.parallel.pipeline.schedule import Schedule, StageMap
+from deepseek_jax.parallel.pipeline.text import read_schedule
+
+SUFFIX = ".txt"
+"""Ends the name of a file with a schedule."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleChoice:
+    """A schedule for any number of microbatches that it can have."""
+
+    name: str
+    """A key of `GENERATORS`, or the path of a text file that ends in .txt; over one rank it does not matter."""
+    ranks: int
+    chunks: int | None = None
+    """Of an interleaved schedule."""
+
+    def make(self, microbatches: int) -> Schedule:
+        """The schedule of a step of so many microbatches.
+
+        Raises:
+          ConfigError: there is none; the message says what would be valid.
+        """
+        if self.ranks == 1:
+            return make_schedule("one_rank", 1, microbatches)
+        if not self.name.endswith(SUFFIX):
+            return make_schedule(self.name, self.ranks, microbatches, chunks=self.chunks)
+        own = self._own
+        require(
+            own.microbatches == microbatches,
+            f"parallel.schedule={self.name} is for {own.microbatches} microbatches, a step has {microbatches}: change "
+            "the batch or parallel.microbatch_rows, or write a schedule for it",
+        )
+        return own
+
+    def fitting(self, microbatches: int) -> int:
+        """The least number of microbatches that there is a schedule for, and no less than so many.
+
+        Raises:
+          ConfigError: there is no schedule of this name and so many ranks.
+        """
+        return _fitting(self, microbatches)
+
+    @functools.cached_property
+    def stage_map(self) -> StageMap:
+        """Where stages live; the same for any number of microbatches."""
+        return self.make(self.fitting(1)).stages
+
+    @functools.cached_property
+    def _own(self) -> Schedule:
+        own = read_schedule(self.name)
+        require(
+            own.ranks == self.ranks,
+            f"parallel.schedule={self.name} is for {own.ranks} pipeline ranks, parallel.pipe is {self.ranks}",
+        )
+        return own
+
+
+@functools.cache
+def _fitting(choice: ScheduleChoice, microbatches: int) -> int:
+    if choice.ranks == 1:
+        return microbatches
+    if choice.name.endswith(SUFFIX):
+        most = choice._own.microbatches
+        require(
+            microbatches <= most,
+            f"parallel.schedule={choice.name} is for {most} microbatches, a batch has {microbatches}: change the "
+            "batch or parallel.microbatch_rows, or write a schedule for it",
+        )
+        return most
+    refusal: ConfigError | None = None
+    for count in range(microbatches, max(microbatches, 2 * choice.ranks) + 2 * choice.ranks + 1):
+        try:
+            choice.make(count)
+        except ConfigError as error:
+            refusal = refusal or error
+            continue
+        return count
+    assert refusal is not None
+    raise refusal

@@ -1,0 +1,366 @@
+"""The program that runs a schedule's tables: every rank in lock step, tick by tick, in at most three scans.
+
+In a tick a rank writes what the last tick made into its rings, works on the ends that the table calls all ranks to,
+does its F, its B and its W, and sends. Where the table says nothing, a conditional leaves the work out; it only ever
+reads rings, for XLA would copy whatever comes out of one. The steady ticks, in which every rank does F and a full
+backward, have no conditional: their pattern of slots, ends and messages is known beforehand, and repeats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from deepseek_jax.compat import to_varying
+from deepseek_jax.parallel.mesh import AXES
+from deepseek_jax.parallel.pipeline.arrays import add, choose, joined, parted, take, where, wide_zeros, zeros
+from deepseek_jax.parallel.pipeline.phases import Phase, Phases
+from deepseek_jax.parallel.pipeline.protocol import LayerStats, LossScales, Streams
+from deepseek_jax.parallel.pipeline.rings import Made, Post, Rings, StageShapes
+from deepseek_jax.parallel.pipeline.schedule import Schedule
+from deepseek_jax.parallel.pipeline.split_vjp import SplitVjp, split_vjp
+from deepseek_jax.parallel.pipeline.stage import STACKS, Occupied, Stage, StageOutputs
+from deepseek_jax.parallel.pipeline.steady import Pairs
+from deepseek_jax.parallel.pipeline.tables import END_COLUMNS, TickTables, make_tables
+from deepseek_jax.tree import Tree
+
+Overlap = Literal["none", "steady", "braid"]
+"""Whether steady ticks are run by a body of their own, in which nothing keeps a forward's exchanges from running beside
+a backward's compute; and whether the equations of both are interleaved in it."""
+
+
+class Totals(NamedTuple):
+    """Sums over the ticks."""
+
+    stacks: tuple[Tree, ...]
+    """Per phase the gradients of its stacks of layers."""
+    shared: Tree
+    """Gradients that stages give of the ends that they read."""
+    ends: Tree
+    """Gradients that the model's ends give: equal on all ranks but for `split_ends`."""
+    loss: jax.Array
+    sums: dict[str, jax.Array]
+    aux: jax.Array
+    stats: tuple[dict[str, LayerStats], ...]
+    """Per phase."""
+
+
+class Tick(NamedTuple):
+    """What is known of a steady tick before the program runs."""
+
+    phase_f: int
+    phase_b: int
+    embed: bool
+    head: bool
+    embed_gradient: bool
+    x_sends: Pairs
+    dx_sends: Pairs
+
+
+class Machine:
+    """A model and a schedule, ready to be run by every rank."""
+
+    def __init__(
+        self, stage: Stage, schedule: Schedule, occupied: Mapping[str, np.ndarray], *, overlap: Overlap = "none"
+    ):
+        """`occupied`: per stack bool `[stages, slots]`, which of a stage's slots hold a layer."""
+        self.stage, self.schedule, self.overlap = stage, schedule, overlap
+        stages = schedule.stages
+        where_is = np.array([[stages.stage(r, s) for s in range(stages.slots)] for r in range(schedule.ranks)])
+        self.occupied = {kind: np.asarray(of_stages)[where_is] for kind, of_stages in occupied.items()}
+        """Per stack bool `[ranks, slots, layers]`."""
+        self.first, self.last = where_is == 0, where_is == stages.stages - 1
+        """bool `[ranks, slots]`."""
+
+    def value_and_grad(self, params: Tree, state: Tree, batch: Any, scales: LossScales):
+        """((loss, sums, stats), gradients)."""
+        return _Run(self, make_tables(self.schedule), params, state, batch, scales).train()
+
+    def evaluate(self, params: Tree, state: Tree, batch: Any, scales: LossScales):
+        """(loss, sums, stats), by the schedule's forwards alone."""
+        return _Run(self, make_tables(self.schedule, forward_only=True), params, state, batch, scales).evaluate()
+
+
+class _Run:
+    """One tracing of the program, inside `shard_map`."""
+
+    def __init__(self, machine: Machine, tables: TickTables, params: Tree, state: Tree, batch: Any, scales: LossScales):
+        self.machine, self.tables, self.stages = machine, tables, machine.schedule.stages
+        self.model = machine.stage.model
+        self.trains = bool((tables.b_slot >= 0).any())
+        self.pattern = () if machine.overlap == "none" else _pattern(tables)
+        self.rank = to_varying(lax.axis_index("pipe"), AXES)
+        self.scales = to_varying(scales, AXES)
+        # One microbatch more, without a token, for an end that is called for one direction alone.
+        with_empty = lambda leaf: jnp.concatenate([leaf, jnp.zeros_like(leaf[:1])])  # noqa: E731
+        self.batch = to_varying(jax.tree.map(with_empty, batch), AXES)
+        steady = tables.steady if self.pattern else None
+        self.phases = Phases(self.stages, self._mine(steady.f_slot[0]) if steady and self.stages.slots == 2 else None)
+        self.weights = self.phases.copies({kind: params[kind] for kind in STACKS if kind in params})
+        self.state = self.phases.copies(state)
+        self.ends = {name: tree for name, tree in params.items() if name not in STACKS}
+        self.shared = {name: self.ends[name] for name in (self.model.shared_ends if "mtp" in params else ())}
+        x = zeros(jax.eval_shape(self.model.embed, self.ends, self._microbatch(0)))
+        example = (self._weights(0), x, self._fixed(jnp.zeros_like(self.rank), 0, 0))
+        self.split: SplitVjp | None = split_vjp(self._stage, *example) if self.trains else None
+        self.shapes: StageShapes = jax.eval_shape(self._shapes, *example)
+        self.columns = {name: self._column(name) for name in tables.columns}
+        arrivals = {} if steady is None else {"x_row": steady.x_row, "dx_row": steady.dx_row}
+        columns = self.columns | {name: self._mine(rows, axis=1) for name, rows in arrivals.items()}
+        self.post = Post(tables, columns, self.shapes, trains=self.trains)
+
+    # --- the program ---
+
+    def train(self):
+        totals = self._ticks()
+        own = self.model.split_ends
+        ends = {name: tree if name in own else self._once(tree) for name, tree in totals.ends.items()}
+        ends |= {name: add(ends[name], tree) for name, tree in totals.shared.items()}
+        return self._outputs(totals), {**self.phases.home(totals.stacks, add), **ends}
+
+    def evaluate(self):
+        return self._outputs(self._ticks())
+
+    def _ticks(self) -> Totals:
+        rings, totals, count = self.post.empty(), self._no_totals(), self.tables.ticks
+        steady = self.tables.steady if self.pattern else None
+        start, end = (count, count) if steady is None else (steady.start, steady.end)
+        for begin, stop, pattern in ((0, start, ()), (start, end, self.pattern), (end, count, ())):
+            if stop > begin:
+                rings, totals = self._scan(rings, totals, begin, stop, pattern)
+        return totals
+
+    def _scan(self, rings: Rings, totals: Totals, start: int, end: int, pattern: tuple[Tick, ...]):
+        """Ticks from `start` to before `end`; with a pattern, as many of them in a turn as it has."""
+        period = len(pattern) or 1
+        rows = self.post.rows(start, end, steady=bool(pattern))
+        now = {name: column[start:end] for name, column in self.columns.items()}
+        by_turn = lambda leaf: leaf.reshape((end - start) // period, period, *leaf.shape[1:])  # noqa: E731
+
+        def turn(carry, xs):
+            for place, tick in enumerate(pattern or (None,)):
+                at, before = jax.tree.map(lambda leaf, p=place: leaf[p], xs)
+                carry = self._tick(*carry, at, before, tick)
+            return to_varying(carry, AXES), None
+
+        carry = to_varying((rings, self.post.nothing(steady=bool(pattern)), totals), AXES)
+        (rings, made, totals), _ = lax.scan(turn, carry, jax.tree.map(by_turn, (now, self.post.before(rows))))
+        return self.post.write(rings, made, {name: of[-1] for name, of in rows.items()}), totals
+
+    def _tick(self, rings: Rings, made: Made, totals: Totals, at: dict, before: dict, known: Tick | None):
+        rings = self.post.write(rings, made, before)
+        embedded = self._embed(at, known)
+        cotangents, totals = self._head(rings, totals, at, known)
+        out, stats, residual = self._when(at["f_slot"] >= 0, known, lambda: self._forward(rings, embedded, at, known))
+        phase = known.phase_f if known else self.phases.of(at["f_slot"])
+        totals = totals._replace(
+            aux=totals.aux + out.aux, stats=self.phases.added(totals.stats, phase, stats, joined_stats)
+        )
+        if not self.trains:
+            return rings, Made(out.hidden, [], [], self.post.send("x", out.x, None), ()), totals
+        dx, stash, weights = self._backward(rings, cotangents, at, known)
+        phase = known.phase_b if known else self.phases.of(at["w_slot"])
+        shared = {name: weights.pop(name) for name in self.shared}
+        stacks = self.phases.added(totals.stacks, phase, weights, add)
+        totals = totals._replace(stacks=stacks, shared=add(totals.shared, shared))
+        totals = self._embed_gradient(totals, dx, at, known)
+        x = self.post.send("x", out.x, known and known.x_sends)
+        return rings, Made(out.hidden, residual, stash, x, self.post.send("dx", dx, known and known.dx_sends)), totals
+
+    def _when(self, predicate: jax.Array, known: Tick | bool | None, run: Callable[[], Any]) -> Any:
+        """`run()`, or zeros where the predicate is false; in a steady tick it is known what it is."""
+        checked = lambda: to_varying(run(), AXES)  # noqa: E731
+        if known:
+            return checked()
+        shapes = jax.eval_shape(checked)
+        return zeros(shapes) if known is False else lax.cond(predicate, checked, lambda: zeros(shapes))
+
+    # --- F, B, W ---
+
+    def _stage(self, params: Tree, x: Streams, fixed: dict):
+        return self.machine.stage(params, fixed["state"], x, fixed["batch"], fixed["occupied"])
+
+    def _shapes(self, params: Tree, x: Streams, fixed: dict) -> StageShapes:
+        if self.split is None:
+            return StageShapes(*self._stage(params, x, fixed), [], [])
+        out, stats, residual = self.split.forward(params, x, fixed)
+        return StageShapes(out, stats, residual, self.split.input_gradient(params, fixed, residual, out)[1])
+
+    def _forward(self, rings: Rings, embedded: tuple[Streams, ...], at: dict, known: Tick | None):
+        """(outputs, stats, residuals)."""
+        slot = at["f_slot"]
+        phase = known.phase_f if known else self.phases.of(slot)
+        x = where(
+            self._table(self.machine.first, slot), self._of(embedded, slot), take(rings.activation, at["f_input"])
+        )
+        weights, fixed = self._weights(phase), self._fixed(slot, at["f_microbatch"], phase)
+        return (*self._stage(weights, x, fixed), []) if self.split is None else self.split.forward(weights, x, fixed)
+
+    def _backward(self, rings: Rings, cotangents: tuple, at: dict, known: Tick | None):
+        """(dx, stash, weights' gradients): of a B, and of its W or an earlier one's."""
+        split, of_b = self.split, lambda: self._of_backward(rings, cotangents, at, known)
+        assert split is not None
+        if known or not self.tables.rings.stash:
+            dx, weights = self._when(at["b_slot"] >= 0, known, lambda: split.gradients(*of_b()))
+            return dx, [], weights
+        dx, stash = self._when(at["b_slot"] >= 0, None, lambda: split.input_gradient(*of_b()))
+
+        def weight_gradient():
+            phase = self.phases.of(at["w_slot"])
+            fixed = self._fixed(at["w_slot"], at["w_microbatch"], phase)
+            own = where(at["w_own"] > 0, stash, take(rings.stash, at["w_stash"]))
+            return split.weight_gradient(self._weights(phase), fixed, take(rings.residual, at["w_residual"]), own)
+
+        return dx, stash, self._when(at["w_slot"] >= 0, None, weight_gradient)
+
+    def _of_backward(self, rings: Rings, cotangents: tuple, at: dict, known: Tick | None):
+        """What a B reads: weights, fixed inputs, residuals, and cotangents from the next stage or from the loss."""
+        slot = at["b_slot"]
+        phase = known.phase_b if known else self.phases.of(slot)
+        last = self._table(self.machine.last, slot)
+        cotangent = StageOutputs(
+            x=where(~last, take(rings.gradient, at["b_cotangent"])),
+            hidden=where(last, self._of(cotangents, slot)),
+            aux=self.scales.balance.astype(self.shapes.out.aux.dtype),
+        )
+        fixed = self._fixed(slot, at["b_microbatch"], phase)
+        return self._weights(phase), fixed, take(rings.residual, at["b_residual"]), cotangent
+
+    # --- the ends: all ranks together, for both directions at once ---
+
+    def _embed(self, at: dict, known: Tick | None) -> tuple[Streams, ...]:
+        """Per direction what its first stage reads in this tick."""
+        batch = lambda: self._microbatches(at["embed"])  # noqa: E731
+        run = lambda: parted(self.model.embed(self.ends, batch()), self.stages.directions)  # noqa: E731
+        return self._when((at["embed"] >= 0).any(), known and known.embed, run)
+
+    def _head(self, rings: Rings, totals: Totals, at: dict, known: Tick | None) -> tuple[tuple, Totals]:
+        """Per direction the cotangents of its last stage's hidden states, and totals with the loss."""
+
+        def run():
+            hidden = self._from_stage(self.stages.stages - 1, take(rings.output, at["b_output"]), at["head"])
+            batch = self._microbatches(at["head"])
+            loss = lambda ends, hidden: self.model.finish(ends, hidden, batch, self.scales)  # noqa: E731
+            if not self.trains:
+                return *loss(self.ends, hidden), {}, ()
+            (value, sums), (ends, cotangents) = jax.value_and_grad(loss, (0, 1), has_aux=True)(self.ends, hidden)
+            return value, sums, ends, parted(cotangents, self.stages.directions)
+
+        value, sums, ends, cotangents = self._when((at["head"] >= 0).any(), known and known.head, run)
+        total = {"loss": totals.loss + value, "sums": add(totals.sums, sums), "ends": add(totals.ends, ends)}
+        return cotangents, totals._replace(**total)
+
+    def _embed_gradient(self, totals: Totals, dx: Streams, at: dict, known: Tick | None) -> Totals:
+        def run():
+            cotangents = self._from_stage(0, dx, at["embed_gradient"])
+            batch = self._microbatches(at["embed_gradient"])
+            return jax.vjp(lambda ends: self.model.embed(ends, batch), self.ends)[1](cotangents)[0]
+
+        gradient = self._when((at["embed_gradient"] >= 0).any(), known and known.embed_gradient, run)
+        return totals._replace(ends=add(totals.ends, gradient))
+
+    def _from_stage(self, stage: int, mine: Any, microbatches: jax.Array) -> Any:
+        """What the ranks have that hold a stage of each direction, on all ranks, one direction after the other; zeros
+        for a direction without a microbatch."""
+        found = []
+        for direction in range(self.stages.directions):
+            is_home = self.rank == self.stages.home(direction, stage)[0]
+            of_home = where(is_home & (microbatches[direction] >= 0), mine)
+            found.append(jax.tree.map(lambda leaf: lax.psum(leaf, "pipe"), of_home))
+        return to_varying(joined(found), AXES)
+
+    def _microbatches(self, numbers: jax.Array) -> Any:
+        """Of each direction, one after the other along their rows."""
+        return joined([self._microbatch(numbers[direction]) for direction in range(self.stages.directions)])
+
+    # --- totals ---
+
+    def _no_totals(self) -> Totals:
+        hidden = joined([zeros(self.shapes.out.hidden)] * self.stages.directions)
+        batch = self._microbatches(jnp.full(self.stages.directions, -1))
+        loss, sums = jax.eval_shape(lambda: self.model.finish(self.ends, hidden, batch, self.scales))
+        return Totals(
+            stacks=tuple(wide_zeros(weights) for weights in self.weights) if self.trains else (),
+            shared=wide_zeros(self.shared) if self.trains else {},
+            ends=wide_zeros(self.ends) if self.trains else {},
+            loss=zeros(loss),
+            sums=zeros(sums),
+            aux=zeros(self.shapes.out.aux),
+            stats=tuple(zeros(self.shapes.stats) for _ in range(self.stages.slots)),
+        )
+
+    def _outputs(self, totals: Totals) -> tuple:
+        loss = self._once(totals.loss) + self.scales.balance * totals.aux
+        sums = {**self._once(totals.sums), "loss_balance": totals.aux}
+        return loss, sums, self.phases.home(totals.stats, joined_stats)
+
+    def _once(self, tree: Any) -> Any:
+        """What is equal on all ranks, on one of them; zero on the others."""
+        return where(self.rank == 0, tree)
+
+    # --- what this rank reads ---
+
+    def _weights(self, phase: Phase) -> Tree:
+        return {**self.phases.pick(self.weights, phase), **self.shared}
+
+    def _fixed(self, slot: jax.Array, microbatch: Any, phase: Phase) -> dict[str, Any]:
+        """What a stage reads besides weights and its input."""
+        occupied = {kind: self._table(table, slot) for kind, table in self.machine.occupied.items()}
+        return {
+            "state": self.phases.pick(self.state, phase),
+            "batch": self._microbatch(microbatch),
+            "occupied": Occupied(**occupied, last=self._table(self.machine.last, slot)),
+        }
+
+    def _of(self, by_direction: tuple, slot: jax.Array) -> Any:
+        """The part of the direction whose microbatches a slot works on."""
+        return choose(jnp.maximum(slot, 0), by_direction)
+
+    def _microbatch(self, number: Any) -> Any:
+        """A microbatch by its number; the empty one for -1."""
+        place = jnp.where(jnp.asarray(number) < 0, self.machine.schedule.microbatches, number)
+        return take(self.batch, to_varying(place, AXES))
+
+    def _table(self, table: np.ndarray, slot: jax.Array) -> jax.Array:
+        """The entry of this rank and a slot in a table `[ranks, slots, ...]`."""
+        return take(self._mine(table), jnp.maximum(slot, 0))
+
+    def _mine(self, table: np.ndarray, axis: int = 0) -> jax.Array:
+        """This rank's part of a table."""
+        return lax.dynamic_index_in_dim(to_varying(jnp.asarray(table), AXES), self.rank, axis, keepdims=False)
+
+    def _column(self, name: str) -> jax.Array:
+        """A column of the table: this rank's, or of an end, the same for all."""
+        table = self.tables.columns[name]
+        return jnp.asarray(table) if name in END_COLUMNS else self._mine(table, axis=1)
+
+
+def joined_stats(a: dict[str, LayerStats], b: dict[str, LayerStats]) -> dict[str, LayerStats]:
+    """Of two microbatches, or two copies of a stage: sums, and of what is demanded at once the larger."""
+
+    def join(a: LayerStats, b: LayerStats) -> LayerStats:
+        total, demand = add(a, b), jnp.maximum(a.traffic.demand, b.traffic.demand)
+        return total._replace(traffic=total.traffic._replace(demand=demand))
+
+    return {kind: join(a[kind], b[kind]) for kind in a}
+
+
+def _pattern(tables: TickTables) -> tuple[Tick, ...]:
+    """The steady ticks of one period, where all ranks work on the same phase; else nothing."""
+    steady = tables.steady
+    if steady is None:
+        return ()
+    flip = steady.f_slot[0] if tables.schedule.stages.slots == 2 else 0
+    ticks = []
+    for place in range(steady.period):
+        phase_f, phase_b = ({int(slot) for slot in slots[place] ^ flip} for slots in (steady.f_slot, steady.b_slot))
+        if len(phase_f) > 1 or len(phase_b) > 1:
+            return ()
+        ends = (steady.embed[place], steady.head[place], steady.embed_gradient[place])
+        ticks.append(Tick(phase_f.pop(), phase_b.pop(), *ends, steady.x_sends[place], steady.dx_sends[place]))
+    return tuple(ticks)
