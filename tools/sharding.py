@@ -55,8 +55,8 @@ def report(table: ShardingTable) -> str:
     parts += [_step_line(table), _collective_table(table.collectives), "\n".join(_sent(table))]
     if table.mesh["pipe"] > 1:
         parts.append(
-            f"Each of the {table.mesh['pipe']} stages is traced as if it ran its own slots alone, empty ones included: "
-            "what hands activations from stage to stage comes with the pipeline schedules, and is not in this list."
+            "Counted as if every rank did a forward and a backward in each of the pipeline's ticks; where its table "
+            "says nothing, it does neither, and sends nothing but what goes over pipe."
         )
     return "\n\n".join(parts)
 

@@ -107,8 +107,8 @@ def place(
         layers_per_stage = balanced(config, stage_map.stages)
     require(
         len(layers_per_stage) == stage_map.stages and sum(layers_per_stage) == config.num_layers,
-        f"stages of {layers_per_stage} layers are {len(layers_per_stage)} with {sum(layers_per_stage)} layers, "
-        f"{stage_map.stages} with the model's {config.num_layers} are needed",
+        f"parallel.layers_per_stage={layers_per_stage} is for {len(layers_per_stage)} stages with "
+        f"{sum(layers_per_stage)} layers; needed are {stage_map.stages} with the model's {config.num_layers}",
     )
     ends = np.cumsum(layers_per_stage).tolist()
     spans = [range(end - count, end) for end, count in zip(ends, layers_per_stage, strict=True)]
@@ -139,7 +139,11 @@ def balanced(config: ModelConfig, stages: int) -> tuple[int, ...]:
     slots, then the most even.
     """
     layers, dense, tail = config.num_layers, config.num_dense_layers, config.mtp_depth
-    require(stages <= layers, f"{stages} stages are more than the model's {layers} layers: use at most {layers}")
+    require(
+        stages <= layers,
+        f"{stages} stages are more than the model's {layers} layers: lower parallel.pipe or parallel.chunks, or take a "
+        "schedule with fewer stages on a rank",
+    )
     if stages == 1:
         return (layers,)
     best: tuple | None = None

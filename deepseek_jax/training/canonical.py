@@ -6,15 +6,17 @@ parameters under `optimizer.<part>/<canonical name>`, its scalars under `optimiz
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from deepseek_jax.parallel.placement import KINDS
 from deepseek_jax.training.optimizer import map_moments
 from deepseek_jax.training.step import Trainer, TrainState
-from deepseek_jax.tree import Tree
+from deepseek_jax.tree import Tree, flatten
 
 OPTIMIZER = "optimizer."
 """Prefix of every entry that is not a weight: what a run that starts from weights alone leaves on disk."""
@@ -60,6 +62,30 @@ def from_canonical(trainer: Trainer, entries: dict[str, jax.Array], step: int) -
     opt_state = map_moments(part, *_abstract_optimizer(trainer), other=lambda path, _: entries[path])
     number = jax.device_put(jax.numpy.asarray(step, jax.numpy.int32), NamedSharding(trainer.mesh, P()))
     return TrainState(trainer.params_layout.stack(entries), trainer.bias_layout.stack(entries), opt_state, number)
+
+
+def whole_weights(trainer: Trainer, state: TrainState) -> dict[str, jax.Array]:
+    """All weights and router biases under their canonical names, on a device of this process.
+
+    All processes call this together, and each has them all: for models of which one device can hold that many.
+    """
+    everywhere = NamedSharding(trainer.mesh, P())
+    copies = jax.jit(lambda trees: trees, out_shardings=everywhere)((state.params, state.router_bias))
+    arrays: dict[str, jax.Array] = {}
+    for layout, tree in zip((trainer.params_layout, trainer.bias_layout), copies, strict=True):
+        for name, array in flatten(tree).items():
+            here = array.addressable_data(0)
+            kind, _, path = name.partition(".")
+            if kind in KINDS:
+                arrays |= {n: here[rank, slot] for rank, slot, _, n in layout.placement.arrays(kind, [path])}
+            else:
+                arrays[name] = here
+    return arrays
+
+
+def parameter_count(trainer: Trainer) -> int:
+    """Trained numbers of the model; the slots of a stack that stay empty are none."""
+    return sum(math.prod(entry.shape) for entry in trainer.params_layout.canonical().values())
 
 
 def _abstract_optimizer(trainer: Trainer) -> tuple[Any, Tree]:

@@ -10,19 +10,18 @@ from importlib import metadata
 import jax
 from etils import epath
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.data import Tokenizer, heldout_documents
 from deepseek_jax.evaluation.compression import compression_baselines
 from deepseek_jax.evaluation.heldout import HeldoutResult, bits_per_byte
 from deepseek_jax.evaluation.report import write_report
-from deepseek_jax.inference.generate import Generator, Sampling, bind
+from deepseek_jax.inference.generate import Generator, Sampling, bind_canonical
 from deepseek_jax.model.targets import Microbatch
 from deepseek_jax.parallel.sharding import BATCH_SPEC
 from deepseek_jax.paths import write_aside
+from deepseek_jax.training import canonical
 from deepseek_jax.training.experiment import Experiment
 from deepseek_jax.training.step import Trainer, TrainState
-from deepseek_jax.tree import Tree
 
 GREEDY = Sampling()
 WARM = Sampling(temperature=0.8, top_p=0.95, seed=0)
@@ -78,7 +77,7 @@ def finish_run(
     """Writes result.json, samples.jsonl and report.html; returns the held-out bits per byte."""
     if heldout is None and (judged := evaluator(state, complete=True)) is not None:
         heldout = judged.bits_per_byte
-    weights = _whole_weights(trainer, state) if experiment.evaluation.samples else None
+    weights = canonical.whole_weights(trainer, state) if experiment.evaluation.samples else None
     if jax.process_index() != 0:
         return heldout
     baselines = None
@@ -91,7 +90,7 @@ def finish_run(
         "step": step,
         "tokens": tokens,
         "wall_seconds": round(seconds, 1),
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "parameters": canonical.parameter_count(trainer),
         "machine": {
             "platform": platform.platform(),
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
@@ -110,17 +109,10 @@ def finish_run(
     return heldout
 
 
-def _whole_weights(trainer: Trainer, state: TrainState) -> tuple[Tree, Tree]:
-    """All weights and router biases on a device of this process. All processes call this together."""
-    everywhere = NamedSharding(trainer.mesh, P())
-    copies = jax.jit(lambda trees: trees, out_shardings=everywhere)((state.params, state.router_bias))
-    return jax.tree.map(lambda array: array.addressable_data(0), copies)
-
-
-def _samples(experiment: Experiment, weights: tuple[Tree, Tree], tokenizer: Tokenizer, step: int) -> list[dict]:
+def _samples(experiment: Experiment, weights: dict[str, jax.Array], tokenizer: Tokenizer, step: int) -> list[dict]:
     """Continuations of the recipe's prompts, greedy and sampled: this process speaks alone, on one device."""
     prompts = experiment.evaluation.samples
-    generator = Generator(bind(experiment.model, *weights))
+    generator = Generator(bind_canonical(experiment.model, weights))
     begin = [tokenizer.bos_id] if experiment.data.add_bos and tokenizer.bos_id is not None else []
     encoded = [[*begin, *map(int, tokenizer.encode(prompt))] for prompt in prompts]
     # Without bos, what comes before a document is the end of another: there an empty prompt begins.

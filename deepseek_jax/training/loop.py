@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh
 
 from deepseek_jax.config_io import to_dict
 from deepseek_jax.data import check_vocab, merge_states, train_rows
@@ -21,7 +21,7 @@ from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel import hosts
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.parallel.placement import place
-from deepseek_jax.parallel.sharding import BATCH_SPEC
+from deepseek_jax.parallel.readers import reader_of
 from deepseek_jax.paths import check_writable, local_path
 from deepseek_jax.planning.flops import training_flops_per_token
 from deepseek_jax.training import canonical
@@ -38,14 +38,16 @@ from deepseek_jax.training.stability import NonFiniteGuard
 from deepseek_jax.training.start import (
     check_batches,
     check_folder,
+    check_pipeline,
     find_tokenizer,
     latest_step,
     restore,
     save_beginnings,
-    with_absolute_directory,
+    with_absolute_paths,
 )
-from deepseek_jax.training.step import Hyperparameters, StepMetrics, Trainer, TrainState
+from deepseek_jax.training.step import Hyperparameters, Trainer, TrainState
 from deepseek_jax.training.step_config import step_config
+from deepseek_jax.training.step_metrics import StepMetrics
 from deepseek_jax.training.step_record import dispatch_record, step_record
 from deepseek_jax.training.watchdog import Watchdog
 
@@ -86,7 +88,7 @@ def train(
 
     SIGINT and SIGTERM end it after the step at hand, with a checkpoint; a second one at once, without. Where there
     are several processes (`jax.distributed`), all call this with the same arguments and folders that all of them
-    reach: each reads its part of the data, process 0 writes, and a signal to one ends all.
+    reach: each reads the rows that its devices work on, process 0 writes, and a signal to one ends all.
 
     Args:
       experiment: the run.
@@ -112,11 +114,14 @@ def train(
         keep_last=experiment.checkpoint.keep_last,
         keep_best=experiment.checkpoint.keep_best,
     )
-    experiment = with_absolute_directory(experiment, store)
+    experiment = with_absolute_paths(experiment, store)
     check_writable(folder, "the workdir")
     check_writable(store.directory, "the checkpoint folder")
     check_wandb(experiment.logging.wandb)
-    check_batches(experiment.schedule, jax.process_count())
+    assert isinstance(trainer.mesh, Mesh)  # an abstract one has no devices to train on
+    reader = reader_of(trainer.mesh)
+    check_batches(experiment.schedule, reader.count)
+    check_pipeline(experiment, trainer)
     check_folder(experiment, folder, store, resume=resume)
 
     # --- tokenizer and data ---
@@ -126,8 +131,8 @@ def train(
         experiment.data,
         tokenizer,
         seed=experiment.seed,
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
+        host_index=reader.index,
+        host_count=reader.count,
     )
     evaluator = HeldoutEvaluator(experiment, trainer, tokenizer)
 
@@ -141,7 +146,7 @@ def train(
     started -= seconds
 
     # --- steps: only now, when nothing of it can be wrong any more, does the folder change ---
-    run = _Run(experiment, trainer, rows, store, identity, evaluator, folder, started, step if resume else None)
+    run = _Run(experiment, trainer, reader, rows, store, identity, evaluator, folder, started, step if resume else None)
     save_beginnings(experiment, tokenizer, folder)
     with store, Signals() as signals, StepTrace(folder / "profile", profile) as trace, run:
         state, step, tokens, last = run.steps(state, step, tokens, signals, trace)
@@ -158,8 +163,9 @@ def train(
 class _Run:
     """The inner loop and what it writes to."""
 
-    def __init__(self, experiment, trainer, rows, store, identity, evaluator, folder, started, resume_step):
-        self.experiment, self.trainer, self.rows, self.store = experiment, trainer, rows, store
+    def __init__(self, experiment, trainer, reader, rows, store, identity, evaluator, folder, started, resume_step):
+        self.experiment, self.trainer, self.store = experiment, trainer, store
+        self.reader, self.rows = reader, rows
         self.identity, self.evaluator, self.started, self.resume_step = identity, evaluator, started, resume_step
         self.saved_step = resume_step or 0
         self.stopped_by: int | None = None
@@ -243,11 +249,10 @@ class _Run:
         """The next `rows` sequences on the devices, padded with empty ones to what the mesh and microbatches need."""
         host = self.rows.next_batch(rows)
         is_last = self._is_last(host)
-        missing = self.trainer.padded_rows(rows) // jax.process_count() - host["tokens"].shape[0]
+        missing = self.trainer.padded_rows(rows) // self.reader.count - host["tokens"].shape[0]
         padded = {name: np.pad(array, ((0, missing), (0, 0))) for name, array in host.items()}
-        sharding = NamedSharding(self.trainer.mesh, BATCH_SPEC)
         on_host = Microbatch(**{name: padded[name] for name in Microbatch._fields})
-        device = jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), on_host)
+        device = jax.tree.map(self.reader.place, on_host)
         return _Batch(on_host, device, rows, rows * self.experiment.data.sequence_length, is_last)
 
     def _is_last(self, batch: dict[str, np.ndarray]) -> bool:
@@ -273,11 +278,15 @@ class _Run:
         place = {"step": step, "tokens": tokens, "seconds": round(time.monotonic() - self.started, 1)}
         documents = {
             "meta": {**self.identity, **place, "seed": self.experiment.seed, "room": self.trainer.room.get_state()},
-            "data": merge_states(hosts.gather(self.rows.get_state())),
+            "data": merge_states([state for state in hosts.gather(self._data_state()) if state is not None]),
             "config": to_dict(self.experiment),
         }
         self.store.save(step, canonical.to_canonical(self.trainer, state), documents, metric=metric)
         self.saved_step = step
+
+    def _data_state(self) -> dict[str, Any] | None:
+        """Where this process is in its data; nothing if another says so already."""
+        return self.rows.get_state() if self.reader.first else None
 
     def _hyperparameters(self, tokens: int) -> Hyperparameters:
         schedule = self.experiment.schedule

@@ -199,6 +199,8 @@ def _rows(
         dtype = array.dtype if spec.full_precision else jnp.dtype(trainer.config.compute_dtype)
         whole = math.prod(NamedSharding(trainer.mesh, copies[name]).shard_shape(array.shape))
         is_copied = dtype != array.dtype or copies[name] != sharding.spec
+        # Where two directions share the model, a device works with its own stage and with the mirrored one.
+        mirrored = layout.placement.stage_map.copies - 1 if kind in KINDS else 0
         rows.append(
             ParameterRow(
                 name=name,
@@ -209,8 +211,8 @@ def _rows(
                 elements=layers * math.prod(spec.shape),
                 master_bytes=_shard_bytes(array),
                 moment_bytes=0 if moments is None else moments[name],
-                copy_bytes=whole * dtype.itemsize if is_copied else 0,
-                gradient_bytes=0 if moments is None else whole * 4,
+                copy_bytes=whole * dtype.itemsize * (is_copied + mirrored),
+                gradient_bytes=0 if moments is None else whole * 4 * (1 + mirrored),
             )
         )
     return tuple(rows)

@@ -11,7 +11,8 @@ import numpy as np
 from etils import epath
 
 from deepseek_jax.model.targets import Microbatch
-from deepseek_jax.training.step import StepMetrics, TrainState
+from deepseek_jax.training.step import TrainState
+from deepseek_jax.training.step_metrics import StepMetrics
 
 
 class NonFiniteLossError(ValueError):

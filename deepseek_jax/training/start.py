@@ -14,7 +14,8 @@ from deepseek_jax.config import ConfigError, ModelConfig, require
 from deepseek_jax.config_io import from_dict, load_config, save_config, to_dict
 from deepseek_jax.data import RowIterator, Tokenizer, make_tokenizer
 from deepseek_jax.parallel import hosts
-from deepseek_jax.paths import user_path
+from deepseek_jax.parallel.pipeline.choice import SUFFIX
+from deepseek_jax.paths import local_path, user_path
 from deepseek_jax.training import canonical
 from deepseek_jax.training.checkpoint import CheckpointError, CheckpointStore, check_compatible
 from deepseek_jax.training.experiment import Experiment
@@ -26,28 +27,66 @@ CONFIG_NAME = "config.json"
 TOKENIZER_NAME = "tokenizer.json"
 
 
-def with_absolute_directory(experiment: Experiment, store: CheckpointStore) -> Experiment:
+def with_absolute_paths(experiment: Experiment, store: CheckpointStore) -> Experiment:
     """The experiment as it can go on from any current folder."""
-    if experiment.checkpoint.directory is None:
-        return experiment
-    checkpoint = dataclasses.replace(experiment.checkpoint, directory=str(store.directory))
-    return dataclasses.replace(experiment, checkpoint=checkpoint)
+    if experiment.checkpoint.directory is not None:
+        checkpoint = dataclasses.replace(experiment.checkpoint, directory=str(store.directory))
+        experiment = dataclasses.replace(experiment, checkpoint=checkpoint)
+    if experiment.parallel.schedule.endswith(SUFFIX):
+        schedule = str(local_path(experiment.parallel.schedule, "the schedule").absolute())
+        experiment = dataclasses.replace(
+            experiment, parallel=dataclasses.replace(experiment.parallel, schedule=schedule)
+        )
+    return experiment
 
 
-def check_batches(schedule: ScheduleConfig, host_count: int) -> None:
-    """Raises `ConfigError` unless every batch size that the course passes through divides over so many hosts."""
+def check_batches(schedule: ScheduleConfig, readers: int) -> None:
+    """Raises `ConfigError` unless every batch size divides over so many groups of hosts that read rows of their own."""
+    uneven = [size for size in batch_sizes(schedule) if size % readers]
+    more = f" and {len(uneven) - 1} more sizes" if len(uneven) > 1 else ""
+    require(
+        not uneven,
+        f"schedule.batch_rows comes to {uneven and uneven[0]} sequences{more}, which {readers} hosts cannot share "
+        f"evenly: set schedule.batch_multiple={math.lcm(schedule.batch_multiple, readers)}",
+    )
+
+
+def batch_sizes(schedule: ScheduleConfig) -> list[int]:
+    """Every batch size, in sequences, that the course passes through, the least first."""
     sizes: set[int] = set()
     ends = [phase.until for phase in schedule.batch_rows.phases if phase.until < schedule.total_tokens]
     for begin, end in itertools.pairwise([0, *ends, schedule.total_tokens]):
         low, high = sorted((schedule.rows(begin), schedule.rows(end - 1)))
         sizes.update(range(low, high + 1, schedule.batch_multiple))
-    uneven = sorted(size for size in sizes if size % host_count)
-    more = f" and {len(uneven) - 1} more sizes" if len(uneven) > 1 else ""
-    require(
-        not uneven,
-        f"schedule.batch_rows comes to {uneven and uneven[0]} sequences{more}, which {host_count} hosts cannot share "
-        f"evenly: set schedule.batch_multiple={math.lcm(schedule.batch_multiple, host_count)}",
-    )
+    return sorted(sizes)
+
+
+def check_pipeline(experiment: Experiment, trainer: Trainer) -> None:
+    """Raises `ConfigError` unless the schedule over pipeline ranks can have the run's batches.
+
+    Those of a ramp that are too small are padded. Where the largest is, every step would work on empty rows.
+    """
+    parallel, choice = experiment.parallel, trainer.schedule
+    if choice.ranks == 1:
+        return
+    rows, at_once, least = batch_sizes(experiment.schedule)[-1], parallel.rows_at_once or 1, choice.fitting(1)
+    share = -(-rows // parallel.batch_shards)
+    microbatches = -(-share // at_once)
+    if microbatches < least:
+        try:
+            choice.make(microbatches)
+        except ConfigError as error:
+            ways = [f"raise schedule.batch_rows to {least * parallel.batch_shards * at_once}"]
+            ways += [f"lower parallel.microbatch_rows to {share // least}"] if share >= least else []
+            raise ConfigError(
+                f"{error}; the largest batch is {rows} rows over {parallel.batch_shards} devices in microbatches of "
+                f"{at_once}: {', '.join(ways)} or choose another parallel.schedule"
+            ) from None
+    trainer.padded_rows(rows)
+    try:
+        trainer.padded_rows(experiment.evaluation.batch_rows)
+    except ConfigError as error:
+        raise ConfigError(f"evaluation.batch_rows={experiment.evaluation.batch_rows}: {error}") from None
 
 
 def check_folder(experiment: Experiment, folder: epath.Path, store: CheckpointStore, *, resume: bool) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,12 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax import ops
 from deepseek_jax.compat import to_varying, varying_axes
+from deepseek_jax.config import require
 from deepseek_jax.model.parameters import RouterBias, parameter_specs
 from deepseek_jax.model.staged import staged_model
 from deepseek_jax.model.targets import Microbatch, targets
@@ -40,15 +39,16 @@ from deepseek_jax.parallel.dispatch import (
 )
 from deepseek_jax.parallel.mesh import AXES, BATCH_AXES
 from deepseek_jax.parallel.pipeline.choice import ScheduleChoice
-from deepseek_jax.parallel.pipeline.executor import Outputs, pipeline
+from deepseek_jax.parallel.pipeline.executor import pipeline
 from deepseek_jax.parallel.pipeline.protocol import LayerStats, LossScales, StagedModel
 from deepseek_jax.parallel.placement import KINDS, ParameterLayout, Placement
 from deepseek_jax.parallel.sharding import BATCH_SPEC, largest_over, mesh_axes_of, sum_over
 from deepseek_jax.parallel.vocabulary import ShardedVocabulary, WholeVocabulary, check_vocabulary
 from deepseek_jax.parallel.zero import gather, reduce_scatter
-from deepseek_jax.training.balance import max_violation, update_bias
+from deepseek_jax.training.balance import update_bias
 from deepseek_jax.training.room import RoomControl
 from deepseek_jax.training.step_config import StepConfig
+from deepseek_jax.training.step_metrics import LayerRows, StepMetrics, over_ranks
 from deepseek_jax.tree import Tree, flatten, map_leaves, unflatten
 
 
@@ -73,31 +73,6 @@ class Hyperparameters(NamedTuple):
     bias_rate: jax.Array | np.float32
 
 
-class StepMetrics(NamedTuple):
-    """What a step reports; losses are means over the global batch, in nats."""
-
-    loss: jax.Array
-    loss_main: jax.Array
-    loss_mtp: jax.Array
-    """Mean over depths, without λ."""
-    loss_balance: jax.Array
-    """Mean over sequences of Σ f_i P_i over layers, without α."""
-    grad_norm: jax.Array
-    load: jax.Array
-    """int32 `[MoE layers and MTP modules, E]`."""
-    max_vio: jax.Array
-    """float32, one per row of `load`."""
-    received: jax.Array
-    """int32 `[MoE layers and MTP modules, devices that share a batch]`: rows that each device's experts computed."""
-    crossed: jax.Array
-    """int32 `[MoE layers and MTP modules, hops]`: rows that devices sent to others, all together."""
-    demand: jax.Array
-    """int32 `[hops + 1]`: the most that any layer needed room for anywhere; see `Traffic`."""
-    lost: jax.Array
-    """int32 scalar: the most rows of one layer on one device without room. Unless it is 0, the step changed nothing and
-    is to be run again with more."""
-
-
 class Trainer:
     """Binds a model to a mesh and an optimizer: makes the state, steps it, evaluates it."""
 
@@ -109,6 +84,11 @@ class Trainer:
         optimizer: Callable[[Tree], optax.GradientTransformation],
         config: StepConfig,
     ):
+        require(
+            tuple(mesh.axis_names) == AXES,
+            f"the mesh has the axes {', '.join(mesh.axis_names)}, a trainer needs {', '.join(AXES)}: make it with "
+            "make_mesh",
+        )
         self.model, self.placement, self.mesh, self.config = model, placement, mesh, config
         self.schedule = ScheduleChoice(config.schedule, mesh.shape["pipe"], config.chunks)
         self._experts = ExpertMesh(mesh.shape["node"], mesh.shape["expert"])
@@ -117,6 +97,7 @@ class Trainer:
         self.params_layout = ParameterLayout(parameter_specs(model), placement, mesh, zero=config.zero)
         self.bias_layout = ParameterLayout(parameter_specs(model, RouterBias), placement, mesh)
         self.optimizer = optimizer(self.params_layout.specs)
+        self.layers = LayerRows(placement, mesh)
         self.room, self._evaluation_room = RoomControl(), RoomControl()
         self.compiling: Callable[[], AbstractContextManager] = contextlib.nullcontext
         """Entered around a step that is compiled first: for what measures time."""
@@ -158,6 +139,7 @@ class Trainer:
 
         Where experts are spread over devices this waits for the step, which may have to run again with more room.
         """
+        self._check_rows(batch.tokens.shape[0])
         ladder = self.dispatchers(batch.tokens.shape)
         if len(ladder) == 1:
             self.room.used = 0
@@ -181,6 +163,7 @@ class Trainer:
 
     def evaluate(self, state: TrainState, batch: Microbatch) -> tuple[jax.Array, jax.Array]:
         """Sum of the main model's cross entropies (nats) over a batch, and the number of labels."""
+        self._check_rows(batch.tokens.shape[0])
         ladder = self.dispatchers(batch.tokens.shape)
         while True:
             loss, labels, lost = self._evaluate(state, batch, self._evaluation_room.setting(ladder))
@@ -190,6 +173,7 @@ class Trainer:
 
     def lower(self, state, batch, hyper, setting: int = 0):
         """The step, lowered for abstract or real arguments, to compile or inspect."""
+        self._check_rows(batch.tokens.shape[0])
         return self._step.lower(state, batch, hyper, setting)
 
     def dispatchers(self, shape: tuple[int, ...]) -> tuple[Dispatcher, ...]:
@@ -249,11 +233,11 @@ class Trainer:
         )
         outputs, gradients = run.value_and_grad(*self._local_weights(state), microbatches, scales)
         with jax.named_scope("sum_outputs"):
-            received = self._on_all_devices(self._by_layer(outputs, lambda stats: stats.traffic.received))
+            received = self.layers.on_all_devices(outputs.stats)
             outputs = outputs._replace(
                 loss=sum_over(outputs.loss),
                 sums=jax.tree.map(sum_over, outputs.sums),
-                stats={kind: _over_ranks(stats) for kind, stats in outputs.stats.items()},
+                stats={kind: over_ranks(stats) for kind, stats in outputs.stats.items()},
             )
         gradients = self._reduce(self._restack(gradients))
         grad_norm = self._global_norm(gradients)
@@ -263,7 +247,7 @@ class Trainer:
         learning_rate = hyper.learning_rate
         params = map_leaves(lambda p, u: p - learning_rate.astype(p.dtype) * u, state.params, updates)
         bias = self._update_bias(state.router_bias, outputs.stats, hyper.bias_rate)
-        metrics = self._metrics(outputs, counts, grad_norm, received)
+        metrics = self.layers.metrics(outputs, counts, grad_norm, received)
         after = TrainState(params, bias, opt_state, state.step + 1)
         if not isinstance(dispatcher, LocalDispatcher):
             after = jax.tree.map(lambda new, old: jnp.where(metrics.lost == 0, new, old), after, state)
@@ -273,7 +257,7 @@ class Trainer:
         microbatches, run = self._microbatches(batch, dispatcher)
         zero = jnp.zeros((), jnp.float32)
         outputs = run.evaluate(*self._local_weights(state), microbatches, LossScales(zero, zero, zero))
-        lost = largest_over(self._by_layer(outputs, lambda stats: stats.traffic.lost).max(initial=0))
+        lost = largest_over(self.layers.of(outputs.stats, lambda stats: stats.traffic.lost).max(initial=0))
         return sum_over(outputs.sums["loss_main"]), self._counts(batch)["labels"], lost
 
     def _microbatch_tokens(self, shape: tuple[int, ...]) -> int:
@@ -292,6 +276,16 @@ class Trainer:
         size = self._microbatch_rows(share)
         return shards * size * self.schedule.fitting(-(-share // size))
 
+    def _check_rows(self, rows: int) -> None:
+        """Raises `ConfigError` where a batch does not split into the microbatches of a schedule."""
+        padded = self.padded_rows(rows)
+        shards = math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+        require(
+            padded == rows,
+            f"a batch of {rows} rows does not split over {shards} devices into microbatches that there is a schedule "
+            f"for: pad it to {padded} rows (Trainer.padded_rows)",
+        )
+
     def microbatches(self, shape: tuple[int, ...]) -> int:
         """Microbatches of a global batch `[rows, S + 1]`."""
         rows = shape[0] // math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
@@ -304,8 +298,6 @@ class Trainer:
     def _microbatches(self, batch: Microbatch, dispatcher: Dispatcher):
         rows = batch.tokens.shape[0]
         size = self._microbatch_rows(rows)
-        if rows % size:
-            raise ValueError(f"{rows} rows per device do not split into microbatches of {size}; pad the batch first")
         split = jax.tree.map(lambda leaf: leaf.reshape(rows // size, size, *leaf.shape[1:]), batch)
         return split, pipeline(
             self.staged(dispatcher),
@@ -381,58 +373,3 @@ class Trainer:
             return update_bias(value, stats[name.split(".")[0]].load[None], rate)
 
         return unflatten({name: moved(name, value) for name, value in flatten(bias).items()})
-
-    def _by_layer(self, outputs: Outputs, leaf: Callable[[LayerStats], jax.Array]) -> jax.Array:
-        """One leaf of the stats of all layers with experts, MTP modules last: `[layers, ...]`."""
-        kinds = [kind for kind in KINDS if kind in outputs.stats]
-        if not kinds:
-            return jnp.zeros((0, 1), jnp.int32)
-        mine = jnp.concatenate([leaf(outputs.stats[kind]) for kind in kinds])
-        rows, count = self._rows_of_layers(tuple(kinds))
-        row = jnp.asarray(rows)[lax.axis_index("pipe")]
-        # An empty slot has no row; each row is one rank's.
-        return sum_over(jnp.zeros((count, *mine.shape[1:]), mine.dtype).at[row].set(mine, mode="drop"), ("pipe",))
-
-    def _rows_of_layers(self, kinds: tuple[str, ...]) -> tuple[np.ndarray, int]:
-        """For each slot of a rank's stacks the place of its layer among all with experts, int32 `[P, slots]`, or the
-        number of these for an empty one; and that number."""
-        by_rank = zip(*(self.placement.stacks(kind) for kind in kinds), strict=True)
-        stacks = [list(itertools.chain(*of_kinds)) for of_kinds in by_rank]
-        names = sorted(filter(None, itertools.chain(*stacks)), key=lambda name: (name[0], int(name.split(".")[1])))
-        place = {name: row for row, name in enumerate(names)} | {None: len(names)}
-        return np.array([[place[name] for name in stack] for stack in stacks], np.int32), len(names)
-
-    def _on_all_devices(self, counts: jax.Array) -> jax.Array:
-        """Every device's counts int32 `[layers]`, on all devices: `[layers, devices that share a batch]`."""
-        devices = math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
-        mine = jnp.arange(devices) == lax.axis_index(BATCH_AXES)
-        return sum_over(jnp.where(mine, counts.reshape(-1, 1), 0))
-
-    def _metrics(
-        self, outputs: Outputs, counts: dict[str, jax.Array], grad_norm: jax.Array, received: jax.Array
-    ) -> StepMetrics:
-        load = self._by_layer(outputs, lambda stats: stats.load)
-        depth = max(self.model.config.mtp_depth, 1)
-        return StepMetrics(
-            loss=outputs.loss,
-            loss_main=outputs.sums["loss_main"] / counts["labels"],
-            loss_mtp=outputs.sums["loss_mtp"] / depth / counts["labels"],
-            loss_balance=outputs.sums["loss_balance"] / counts["sequences"],
-            grad_norm=grad_norm,
-            load=load,
-            max_vio=max_violation(load),
-            received=received,
-            crossed=self._by_layer(outputs, lambda stats: stats.traffic.crossed),
-            demand=self._by_layer(outputs, lambda stats: stats.traffic.demand).max(axis=0, initial=0),
-            lost=self._by_layer(outputs, lambda stats: stats.traffic.lost).max(initial=0),
-        )
-
-
-def _over_ranks(stats: LayerStats) -> LayerStats:
-    """A rank's stats of all devices that share a batch: sums, and the largest of what any demands, and of what it loses.
-
-    A sum of what all devices lose in a whole batch would overflow, and might come out as zero.
-    """
-    total = jax.tree.map(functools.partial(sum_over, axes=BATCH_AXES), stats)
-    worst = {name: largest_over(getattr(stats.traffic, name), BATCH_AXES) for name in ("demand", "lost")}
-    return total._replace(traffic=total.traffic._replace(**worst))

@@ -8,7 +8,8 @@ import numpy as np
 
 from deepseek_jax.parallel.dispatch import ExchangeDispatcher
 from deepseek_jax.training.load_metrics import load_metrics
-from deepseek_jax.training.step import Hyperparameters, StepMetrics, Trainer
+from deepseek_jax.training.step import Hyperparameters, Trainer
+from deepseek_jax.training.step_metrics import StepMetrics
 
 
 def step_record(metrics: StepMetrics, hyper: Hyperparameters) -> dict[str, Any]:

@@ -30,8 +30,10 @@ _restore = loop.restore
 
 def _noted_restore(store, step, trainer, *arguments):
     state, *rest = _restore(store, step, trainer, *arguments)
+    if RESTORED not in os.environ:
+        return state, *rest
     digests = {name: digest(_whole(array)) for name, array in canonical.to_canonical(trainer, state).items()}
-    if jax.process_index() == 0 and RESTORED in os.environ:
+    if jax.process_index() == 0:
         Path(os.environ[RESTORED]).write_text(json.dumps(digests))
     return state, *rest
 

@@ -97,9 +97,13 @@ def waiting(ops) -> tuple[int, int]:
     return count, pairs
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+RECOMPUTE = pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+ONE_HOP, TWO_HOPS, IN_ROUNDS = LAYOUTS
+
+
+@RECOMPUTE
 @pytest.mark.parametrize("part", ["input_gradient", "gradients"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [ONE_HOP, TWO_HOPS])
 def test_exchanges_of_the_one_do_not_wait_for_the_other(recompute, part, layout):
     """One scan holds the layers of both, and in its body only those exchanges wait for each other that did before."""
     (a, pairs_a), (b, pairs_b), braided = (waiting(ops) for ops in on_layers(recompute, part, layout))
@@ -107,16 +111,29 @@ def test_exchanges_of_the_one_do_not_wait_for_the_other(recompute, part, layout)
     assert braided == (a + b, pairs_a + pairs_b)
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_beside_each_exchange_the_other_computes(recompute):
-    """Between an exchange and what waits for it the other program has a product."""
-    first, second, _ = on_layers(recompute, "gradients")
+def test_loops_within_layers_become_one_too():
+    """Where tokens need several rounds, those of both microbatches are one loop in the loop over layers."""
+    loops = [
+        [op.exchanges for op in ops if op.scan and op.exchanges] for ops in on_layers("full", "gradients", IN_ROUNDS)
+    ]
+    assert [len(one) for one in loops] == [1, 1, 1]
+    assert sum(loops[2]) == sum(loops[0]) + sum(loops[1])
+
+
+@RECOMPUTE
+@pytest.mark.parametrize("layout", [ONE_HOP, TWO_HOPS])
+def test_beside_each_exchange_the_other_computes(recompute, layout):
+    """Between an exchange and what waits for it the other program has a product; nothing runs before its inputs."""
+    first, second, _ = on_layers(recompute, "gradients", layout)
     woven = weave(first, second, inside=True)
     assert sorted(map(id, woven)) == sorted(map(id, (*first, *second)))
     for mine, others in ((first, second), (second, first)):
-        assert [op for op in woven if op in mine and op.exchanges] == [op for op in mine if op.exchanges]
         for place, op in enumerate(woven):
             if op in mine and op.exchanges:
                 later = woven[place + 1 :]
                 waits = [any(value in op.outputs for value in one.inputs) for one in later].index(True)
                 assert any(one.heavy and one in others for one in later[:waits])
+    to_come = {output for op in woven for output in op.outputs}
+    for op in woven:
+        assert not to_come & {value for value in op.inputs if isinstance(value, Variable)}
+        to_come -= set(op.outputs)

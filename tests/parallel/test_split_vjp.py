@@ -1,6 +1,7 @@
 """The backward pass in two parts is the whole one: the same gradients, and no product made twice."""
 
 import functools
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -115,15 +116,20 @@ def test_the_same_residual_is_kept_once():
     assert kept(scanned, stack, X) == [(LAYERS, *X.shape)] * 3  # the input and the two factors, and no weights
 
 
-def test_weights_of_a_branch_are_not_kept():
-    """jax has a branch hand on the weights that it was given, and the other fill their place."""
+def test_what_a_branch_only_hands_on_is_not_kept_again():
+    """jax has a branch hand on weights and inputs that it was given, and the others fill their places with anything."""
+    stack, has = jnp.ones((LAYERS, 8, 8)), jnp.asarray(True)
 
-    def function(stack, x, has):
+    def scanned(stack, x, has):
         run = lambda x: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, stack)[0]  # noqa: E731
         return lax.cond(has, run, lambda x: x, x), None
 
-    stack = jnp.ones((LAYERS, 8, 8))
-    assert set(kept(function, stack, X, jnp.asarray(True))) == {(LAYERS, *X.shape)}
+    assert set(kept(scanned, stack, X, has)) == {(LAYERS, *X.shape)}
+
+    def twice(w, x, has):
+        return lax.cond(has, lambda x: x @ w, lambda x: x, x) + x @ (2 * w), None
+
+    assert kept(twice, W, X, has) == [X.shape]
 
 
 class Streams(NamedTuple):
@@ -140,6 +146,26 @@ def test_an_input_may_be_a_tree_with_holes_and_gradients_have_the_dtype_of_what_
     *_, dparams, dx, _, _ = in_parts(function, params, x, jnp.int32(2), Streams(X, None))
     assert (dparams["w"].dtype, dx.hidden.dtype, dx.other) == (jnp.bfloat16, jnp.float16, None)
     np.testing.assert_array_equal(dx.hidden, jnp.full(X.shape, 16))
+
+
+def test_named_scopes_stay():
+    """What reads a compiled program, such as the planner's table of collectives, finds its parts by them."""
+
+    @jax.jit
+    def inner(w, x):
+        with jax.named_scope("experts"):
+            return jnp.tanh(x @ w)
+
+    def function(w, x, _):
+        with jax.named_scope("ffn"):
+            return lax.scan(lambda x, w: (inner(w, x), None), x, w)[0], None
+
+    stack = jnp.ones((LAYERS, 8, 8))
+    split = split_vjp(function, stack, X)
+    _, _, residuals = split.forward(stack, X, None)
+    _, stash = split.input_gradient(stack, None, residuals, X)
+    compiled = jax.jit(split.weight_gradient).lower(stack, None, residuals, stash).compile()
+    assert re.search(r'op_name="[^"]*/transpose\(jvp\(ffn\)\)/while/body/[^"]*experts/', compiled.as_text())
 
 
 # --- conditionals -----------------------------------------------------------------------------------------------------
@@ -203,3 +229,31 @@ def test_nothing_is_exchanged_twice_and_nothing_for_the_weight_gradient(layout, 
     for forward, first, second, all_of_it in (counted[exchanges], counted[products]):
         assert first + second == all_of_it - forward
     assert (counted[exchanges][2], counted["weights"]) == (0, set())
+
+
+def test_an_exchange_for_the_weight_gradient_alone_belongs_to_the_first_part():
+    """Unless what it sends takes a product first: W would have to be made in B to be sent."""
+
+    def exchange(x):
+        return lax.all_to_all(x, "expert", split_axis=0, concat_axis=0, tiled=True)
+
+    def counts(function, w, x):
+        split = split_vjp(function, w, x)
+        outputs, _, residuals = split.forward(w, x, None)
+        _, stash = split.input_gradient(w, None, residuals, outputs)
+        return (
+            exchanges(split.input_gradient, w, None, residuals, outputs),
+            exchanges(split.weight_gradient, w, None, residuals, stash),
+        )
+
+    def per_device(_, arguments):
+        _, x, *_ = arguments
+        x = x.reshape(-1, x.shape[-1])[:8]
+        w = jnp.ones((x.shape[1], x.shape[1])) + 0 * x[0]
+        again = jax.checkpoint(lambda w, x: exchange(x) @ w)  # received rows are received again for dw
+        assert counts(lambda w, x, _: (again(w, x), None), w, x) == (2, 0)
+        assert counts(lambda w, x, _: (x @ exchange(w), None), w, x) == (0, 1)  # sends a product of dw
+        return x
+
+    function, arguments = on_mesh("one hop", per_device)
+    function.trace(*arguments)

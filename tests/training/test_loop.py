@@ -39,7 +39,8 @@ from deepseek_jax.training.profiling import StepTrace
 from deepseek_jax.training.progress import TrainingClock
 from deepseek_jax.training.signals import StoppedAtOnce
 from deepseek_jax.training.stability import NonFiniteLossError
-from deepseek_jax.training.step import StepMetrics, Trainer
+from deepseek_jax.training.step import Trainer
+from deepseek_jax.training.step_metrics import StepMetrics
 
 ROWS = [2] * 8 + [3] * 6 + [4] * 6
 

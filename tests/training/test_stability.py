@@ -10,7 +10,8 @@ from etils import epath
 
 from deepseek_jax.model.targets import Microbatch
 from deepseek_jax.training.stability import NonFiniteGuard, NonFiniteLossError
-from deepseek_jax.training.step import StepMetrics, TrainState
+from deepseek_jax.training.step import TrainState
+from deepseek_jax.training.step_metrics import StepMetrics
 from experiments.run import is_user_error
 
 NAN, INF = float("nan"), float("inf")

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from small_model import abstract_state, full, hyperparameters, initial_state, packed, run_step, small, trainer
 
+from deepseek_jax.config import ConfigError
 from deepseek_jax.model.parameters import RouterBias
 from deepseek_jax.model.targets import Microbatch
 from deepseek_jax.parallel.pipeline.stage import merge
@@ -253,5 +254,5 @@ def test_bfloat16_keeps_float32_masters_and_losses():
 
 def test_rows_that_do_not_split_are_an_error():
     runner = trainer(CONFIG, microbatch_rows=4)
-    with pytest.raises(ValueError, match="6 rows per device do not split into microbatches of 4"):
+    with pytest.raises(ConfigError, match=r"a batch of 6 rows does not split over 1 devices .* pad it to 8 rows"):
         runner.lower(abstract_state(runner), BATCH, hyperparameters())

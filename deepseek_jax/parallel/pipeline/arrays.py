@@ -30,7 +30,7 @@ def add(total: Any, tree: Any) -> Any:
     return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, tree)
 
 
-def where(predicate: jax.Array, then: Any, otherwise: Any = None) -> Any:
+def where(predicate: Any, then: Any, otherwise: Any = None) -> Any:
     """Leaf by leaf `jnp.where`; otherwise zeros."""
     if otherwise is None:
         return jax.tree.map(lambda a: jnp.where(predicate, a, jnp.zeros_like(a)), then)

@@ -149,7 +149,8 @@ def interleave(first: Sequence[Op], second: Sequence[Op]) -> list[Op]:
     """
     lists = [_List(first), _List(second)]
     duration = sum(one.left for one in lists) / max(sum(one.exchanges for one in lists), 1)
-    now, found = 0.0, []
+    now = 0.0
+    found: list[Op] = []
     while len(found) < len(first) + len(second):
         for one in lists:
             one.look(now)

@@ -128,7 +128,7 @@ def part_of_scan(
 
     inputs = (*(op.inputs[i] for i in (*fixed, *looped, *mapped)), *taken.values())
     outputs = (*(op.outputs[i] for i in (*outs, *ys)), *given.values())
-    return Op("scan", inputs, outputs, run)
+    return Op("scan", inputs, outputs, run, scope=op.scope)
 
 
 def part_of_cond(
@@ -180,4 +180,4 @@ def part_of_cond(
         return lax.switch(values[0], [branch_of(which) for which in range(len(branches))], *values[1:])
 
     inputs = (op.inputs[0], *(op.inputs[1 + i] for i in used), *more_inputs)
-    return Op("cond", inputs, (*outputs, *more_outputs), run)
+    return Op("cond", inputs, (*outputs, *more_outputs), run, scope=op.scope)

@@ -1,8 +1,8 @@
 """Which of a rank's slots is which *phase*.
 
 In the steady ticks of a schedule of two slots, one rank does the forward of its first slot when its neighbour does
-that of its second. Phase 0 is the slot that a rank begins its steady ticks with, so in each of them all ranks work on weights
-of the same phase, and the program need not choose. Without steady ticks phases are slots.
+that of its second. Phase 0 is the slot that a rank begins its steady ticks with, so in each of them all ranks work on
+weights of the same phase, and the program need not choose. Without steady ticks phases are slots.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ class Phases:
             return by_slot
         return choose(self._flip, by_slot), choose(1 - self._flip, by_slot)
 
+    @jax.named_scope("mirror")
     def _mirrored(self, tree: Tree) -> Tree:
         """Between the two ranks that have the same two stages."""
         last = self._stages.ranks - 1

@@ -6,6 +6,7 @@ programs that a scan repeats or that a conditional chooses from (`parts.py` take
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -13,6 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 from jax.extend import core
 
 from deepseek_jax.compat import scan_sizes
@@ -70,6 +72,8 @@ class Op:
     outputs: tuple[Variable, ...]
     run: Callable[[Sequence[Any]], Sequence[Any]]
     eqn: Any = None
+    scope: str = ""
+    """The named scopes that it was written in, for whoever reads the compiled program."""
 
     @functools.cached_property
     def scan(self) -> Scan | None:
@@ -150,7 +154,7 @@ def flatten(closed: core.ClosedJaxpr) -> Program:
     ops: list[Op] = []
     constants: dict[Variable, Any] = {}
 
-    def walk(jaxpr: core.Jaxpr, consts: Sequence[Any], arguments: Sequence[Value]) -> list[Value]:
+    def walk(jaxpr: core.Jaxpr, consts: Sequence[Any], arguments: Sequence[Value], outer: str = "") -> list[Value]:
         env: dict[Any, Value] = {}
 
         def read(atom: Any) -> Value:
@@ -162,15 +166,16 @@ def flatten(closed: core.ClosedJaxpr) -> Program:
         env.update(zip(jaxpr.invars, arguments, strict=True))
         for eqn in jaxpr.eqns:
             inputs = [read(atom) for atom in eqn.invars]
+            scope = "/".join(filter(None, (outer, str(eqn.source_info.name_stack))))
             if (key := _CALLS.get(eqn.primitive.name)) is not None:
                 inner = eqn.params[key]
                 inner, inner_consts = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
-                env.update(zip(eqn.outvars, walk(inner, inner_consts, inputs), strict=True))
+                env.update(zip(eqn.outvars, walk(inner, inner_consts, inputs, scope), strict=True))
                 continue
             outputs = tuple(new_variable(var.aval) for var in eqn.outvars)
-            op = Op(eqn.primitive.name, tuple(inputs), outputs, _bind(eqn), eqn)
+            op = Op(eqn.primitive.name, tuple(inputs), outputs, _bind(eqn), eqn, scope)
             ops.append(op)
-            env.update(zip(eqn.outvars, _same_as(op), strict=True))
+            env.update((var, _given_by_branches(op, place) or outputs[place]) for place, var in enumerate(eqn.outvars))
         return [read(atom) for atom in jaxpr.outvars]
 
     inputs = tuple(new_variable(var.aval) for var in closed.jaxpr.invars)
@@ -187,27 +192,12 @@ def _bind(eqn: Any) -> Callable[[Sequence[Any]], Sequence[Any]]:
     return run
 
 
-def _same_as(op: Op) -> Sequence[Value]:
-    """The outputs of an equation, or the values that they equal: nothing is to be kept twice.
-
-    A scan may give a stack that it was given, or one stack twice. A branch may give what it was given, while the others
-    give nothing of meaning: jax has them fill the places of each other's residuals with uninitialised arrays.
-    """
-    if op.scan is not None:
-        body, carries = op.scan.body, op.scan.carries
-        given = {v: i for i, v in enumerate(body.inputs) if i >= op.scan.consts + carries}
-        seen: dict[Any, Value] = {v: op.inputs[i] for v, i in given.items()}
-        stacks = [
-            seen.setdefault(v, output) if isinstance(v, Variable) else output
-            for v, output in zip(body.outputs[carries:], op.outputs[carries:], strict=True)
-        ]
-        return (*op.outputs[:carries], *stacks)
-    if op.branches is not None:
-        return [_given_by_branches(op, place) or output for place, output in enumerate(op.outputs)]
-    return op.outputs
-
-
 def _given_by_branches(op: Op, place: int) -> Value | None:
+    """The input that an output of a conditional equals: nothing is to be kept twice.
+
+    A branch may hand on what it was given, while the others give nothing of meaning: jax has them fill the places of each
+    other's residuals with uninitialised arrays.
+    """
     found: set[int] = set()
     for branch in op.branches or ():
         value = branch.outputs[place]
@@ -236,5 +226,6 @@ def evaluate(ops: Iterable[Op], env: dict[Variable, Any], wanted: Sequence[Value
         return value.val if isinstance(value, core.Literal) else env[value]
 
     for op in ops:
-        env.update(zip(op.outputs, op.run([read(value) for value in op.inputs]), strict=True))
+        with jax.named_scope(op.scope) if op.scope else contextlib.nullcontext():
+            env.update(zip(op.outputs, op.run([read(value) for value in op.inputs]), strict=True))
     return [read(value) for value in wanted]

@@ -83,4 +83,6 @@ def _part_of_branch(op: Op, branch: Program, ops: Sequence[Op], places: Sequence
         env = dict(branch.constants) | dict(zip((branch.inputs[i] for i in used), values, strict=True))
         return evaluate(ops, env, wanted)
 
-    return Op("branch", tuple(op.inputs[1 + i] for i in used), tuple(op.outputs[i] for i in places), run)
+    return Op(
+        "branch", tuple(op.inputs[1 + i] for i in used), tuple(op.outputs[i] for i in places), run, scope=op.scope
+    )

@@ -118,6 +118,7 @@ class Post:
             stash=put(rings.stash, rows["stash"], made.stash) if made.stash else rings.stash,
         )
 
+    @jax.named_scope("send")
     def send(self, what: str, value: Streams, pairs: Pairs | None) -> tuple[Streams, ...]:
         """What comes to this rank when every rank sends: along known pairs of ranks, or from each side in use."""
         if pairs is not None:

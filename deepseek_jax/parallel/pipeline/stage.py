@@ -1,9 +1,9 @@
 """One stage of a model: its dense layers, its MoE layers, and its tail, which in the last stage predicts further ahead.
 
 Stages hold stacks of equal size, because one program runs them all: where a stage has fewer layers, slots are empty,
-and a mask says which. An empty slot passes its input on; its layer runs all the same, without a valid token, since other
-devices wait for its exchange. Only what no device waits for is left out: dense layers where a stage has none, and the
-join of an MTP module where a stage is not the last.
+and a mask says which. An empty slot passes its input on; its layer runs all the same, without a valid token, since
+other devices wait for its exchange. Only what no device waits for is left out: dense layers where a stage has none, and
+the join of an MTP module where a stage is not the last.
 """
 
 from __future__ import annotations

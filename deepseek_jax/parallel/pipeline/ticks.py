@@ -19,6 +19,7 @@ from jax import lax
 from deepseek_jax.compat import to_varying
 from deepseek_jax.parallel.mesh import AXES
 from deepseek_jax.parallel.pipeline.arrays import add, choose, joined, parted, take, where, wide_zeros, zeros
+from deepseek_jax.parallel.pipeline.braid import braid
 from deepseek_jax.parallel.pipeline.phases import Phase, Phases
 from deepseek_jax.parallel.pipeline.protocol import LayerStats, LossScales, Streams
 from deepseek_jax.parallel.pipeline.rings import Made, Post, Rings, StageShapes
@@ -142,10 +143,11 @@ class _Run:
         now = {name: column[start:end] for name, column in self.columns.items()}
         by_turn = lambda leaf: leaf.reshape((end - start) // period, period, *leaf.shape[1:])  # noqa: E731
 
-        def turn(carry, xs):
+        def turn(carry: Any, xs: Any):
             for place, tick in enumerate(pattern or (None,)):
                 at, before = jax.tree.map(lambda leaf, p=place: leaf[p], xs)
-                carry = self._tick(*carry, at, before, tick)
+                rings, made, totals = carry
+                carry = self._tick(rings, made, totals, at, before, tick)
             return to_varying(carry, AXES), None
 
         carry = to_varying((rings, self.post.nothing(steady=bool(pattern)), totals), AXES)
@@ -156,14 +158,22 @@ class _Run:
         rings = self.post.write(rings, made, before)
         embedded = self._embed(at, known)
         cotangents, totals = self._head(rings, totals, at, known)
-        out, stats, residual = self._when(at["f_slot"] >= 0, known, lambda: self._forward(rings, embedded, at, known))
+        if known and self.machine.overlap == "braid":
+            assert self.split is not None
+            together = braid(self.split.forward, self.split.gradients)
+            arguments = self._of_forward(rings, embedded, at, known), self._of_backward(rings, cotangents, at, known)
+            (out, stats, residual), (dx, weights) = together(*arguments)
+            stash: list = []
+        else:
+            forward = lambda: self._forward(*self._of_forward(rings, embedded, at, known))  # noqa: E731
+            out, stats, residual = self._when(at["f_slot"] >= 0, known, forward)
+            dx, stash, weights = self._backward(rings, cotangents, at, known) if self.trains else (None, [], {})
         phase = known.phase_f if known else self.phases.of(at["f_slot"])
         totals = totals._replace(
             aux=totals.aux + out.aux, stats=self.phases.added(totals.stats, phase, stats, joined_stats)
         )
         if not self.trains:
             return rings, Made(out.hidden, [], [], self.post.send("x", out.x, None), ()), totals
-        dx, stash, weights = self._backward(rings, cotangents, at, known)
         phase = known.phase_b if known else self.phases.of(at["w_slot"])
         shared = {name: weights.pop(name) for name in self.shared}
         stacks = self.phases.added(totals.stacks, phase, weights, add)
@@ -187,19 +197,23 @@ class _Run:
 
     def _shapes(self, params: Tree, x: Streams, fixed: dict) -> StageShapes:
         if self.split is None:
-            return StageShapes(*self._stage(params, x, fixed), [], [])
+            out, stats = self._stage(params, x, fixed)
+            return StageShapes(out, stats, [], [])
         out, stats, residual = self.split.forward(params, x, fixed)
         return StageShapes(out, stats, residual, self.split.input_gradient(params, fixed, residual, out)[1])
 
-    def _forward(self, rings: Rings, embedded: tuple[Streams, ...], at: dict, known: Tick | None):
+    def _forward(self, weights: Tree, x: Streams, fixed: dict):
         """(outputs, stats, residuals)."""
+        return (*self._stage(weights, x, fixed), []) if self.split is None else self.split.forward(weights, x, fixed)
+
+    def _of_forward(self, rings: Rings, embedded: tuple[Streams, ...], at: dict, known: Tick | None):
+        """What an F reads: weights, its input from the stage before or from the embedding, fixed inputs."""
         slot = at["f_slot"]
         phase = known.phase_f if known else self.phases.of(slot)
         x = where(
             self._table(self.machine.first, slot), self._of(embedded, slot), take(rings.activation, at["f_input"])
         )
-        weights, fixed = self._weights(phase), self._fixed(slot, at["f_microbatch"], phase)
-        return (*self._stage(weights, x, fixed), []) if self.split is None else self.split.forward(weights, x, fixed)
+        return self._weights(phase), x, self._fixed(slot, at["f_microbatch"], phase)
 
     def _backward(self, rings: Rings, cotangents: tuple, at: dict, known: Tick | None):
         """(dx, stash, weights' gradients): of a B, and of its W or an earlier one's."""
@@ -235,13 +249,17 @@ class _Run:
 
     def _embed(self, at: dict, known: Tick | None) -> tuple[Streams, ...]:
         """Per direction what its first stage reads in this tick."""
-        batch = lambda: self._microbatches(at["embed"])  # noqa: E731
-        run = lambda: parted(self.model.embed(self.ends, batch()), self.stages.directions)  # noqa: E731
+
+        @jax.named_scope("embed")
+        def run() -> tuple[Streams, ...]:
+            return parted(self.model.embed(self.ends, self._microbatches(at["embed"])), self.stages.directions)
+
         return self._when((at["embed"] >= 0).any(), known and known.embed, run)
 
     def _head(self, rings: Rings, totals: Totals, at: dict, known: Tick | None) -> tuple[tuple, Totals]:
         """Per direction the cotangents of its last stage's hidden states, and totals with the loss."""
 
+        @jax.named_scope("head")
         def run():
             hidden = self._from_stage(self.stages.stages - 1, take(rings.output, at["b_output"]), at["head"])
             batch = self._microbatches(at["head"])
@@ -256,6 +274,7 @@ class _Run:
         return cotangents, totals._replace(**total)
 
     def _embed_gradient(self, totals: Totals, dx: Streams, at: dict, known: Tick | None) -> Totals:
+        @jax.named_scope("embed_gradient")
         def run():
             cotangents = self._from_stage(0, dx, at["embed_gradient"])
             batch = self._microbatches(at["embed_gradient"])
