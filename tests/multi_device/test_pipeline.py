@@ -12,11 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import Var, jaxprs_in_params
 from jax.sharding import NamedSharding
 from small_model import abstract_state, gradient_descent, hyperparameters, packed, quickly, small
 
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.mesh import ParallelConfig, make_mesh
+from deepseek_jax.parallel.pipeline.generators import make_schedule
+from deepseek_jax.parallel.pipeline.tables import make_tables
 from deepseek_jax.parallel.placement import place
 from deepseek_jax.parallel.sharding import BATCH_SPEC
 from deepseek_jax.training import canonical
@@ -149,24 +152,107 @@ def test_a_bfloat16_step_agrees():
 
 # --- the program ------------------------------------------------------------------------------------------------------
 
+ONLY_MOE = small(num_layers=8, num_dense_layers=0, mtp_depth=0)
+"""Without what stands in conditionals of its own: dense layers, and the join of an MTP module."""
 
-def jaxpr_of(parallel: ParallelConfig, microbatches: int, config=CONFIG):
-    trainer = make(parallel, config, dtype=jnp.float32)
-    rows = parallel.batch_shards * microbatches
-    batch = packed(config, [[13]] * rows, length=LENGTH)
-    return jax.make_jaxpr(trainer._sharded_step, static_argnums=3)(abstract_state(trainer), batch, hyperparameters(), 0)
+
+@functools.cache
+def program(overlap: str, microbatches: int):
+    """The jaxpr of a DualPipe step over four ranks and experts on two devices."""
+    parallel = ParallelConfig(pipe=4, expert=2, overlap=overlap, microbatch_rows=1)
+    trainer = make(parallel, ONLY_MOE, dtype=jnp.float32)
+    batch = packed(ONLY_MOE, [[13]] * (2 * microbatches), length=LENGTH)
+    step = jax.make_jaxpr(trainer._sharded_step, static_argnums=3)
+    return step(abstract_state(trainer), batch, hyperparameters(), 0).jaxpr
 
 
 def equations(jaxpr):
     """All equations, with those of inner programs."""
     for eqn in jaxpr.eqns:
         yield eqn
-        for inner in jax.core.jaxprs_in_params(eqn.params):
+        for inner in jaxprs_in_params(eqn.params):
             yield from equations(inner)
 
 
-def scans_over_ticks(jaxpr) -> list:
-    """Bodies of the scans that carry rings, from the first on: those whose carry is largest."""
-    scans = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "scan"]
-    most = max(eqn.params["num_carry"] for eqn in scans)
-    return [eqn for eqn in scans if eqn.params["num_carry"] >= most - 40]
+def bodies(jaxpr, length: int) -> list:
+    """Bodies of the scans over ticks, of which all together have so many: those that send over `pipe`."""
+    scans = [eqn for eqn in equations(jaxpr) if eqn.primitive.name == "scan"]
+    found = [one for one in scans if any(e.primitive.name == "ppermute" for e in one.params["jaxpr"].jaxpr.eqns)]
+    assert sum(one.params["length"] for one in found) == length
+    return [one.params["jaxpr"].jaxpr for one in found]
+
+
+def named(jaxpr, name: str) -> list:
+    return [eqn for eqn in equations(jaxpr) if eqn.primitive.name == name]
+
+
+def test_the_program_does_not_grow_with_the_batch():
+    """As many equations for 16 microbatches as for 64; three bodies of ticks with a steady one, else one."""
+    for overlap in ("none", "steady"):
+        assert len(list(equations(program(overlap, 16)))) == len(list(equations(program(overlap, 64))))
+    tables = make_tables(make_schedule("dualpipe", 4, 16))
+    (start, end, period), ticks = tables.steady[:3], tables.ticks
+    assert len(bodies(program("none", 16), ticks)) == 1
+    assert len(bodies(program("steady", 16), ticks - (end - start) + (end - start) // period)) == 3
+
+
+def steady_body():
+    tables = make_tables(make_schedule("dualpipe", 4, 16))
+    assert tables.steady.period == 2
+    return bodies(program("steady", 16), tables.ticks - (tables.steady.end - tables.steady.start) // 2)[1]
+
+
+def test_steady_ticks_have_no_conditional_and_one_message_each_way():
+    """Two ticks of MoE layers: an activation and a gradient are sent in each, along known pairs of ranks."""
+    body = steady_body()
+    layers = [inner for eqn in body.eqns if eqn.primitive.name == "scan" for inner in jaxprs_in_params(eqn.params)]
+    # Deeper ones are of the blocked grouped matmul, which only CPUs use.
+    assert not [eqn for one in (body, *layers) for eqn in one.eqns if eqn.primitive.name == "cond"]
+    generic = bodies(program("none", 16), make_tables(make_schedule("dualpipe", 4, 16)).ticks)[0]
+    conditionals = [eqn for eqn in generic.eqns if eqn.primitive.name == "cond"]
+    assert len(conditionals) == 6, "F, B, W, embedding, head, embedding's gradient"
+    assert len(named(body, "ppermute")) == 4, "two ticks with an activation and a gradient"
+    assert len(named(generic, "ppermute")) == 4, "one tick with both of them both ways"
+
+
+def test_forward_and_backward_of_a_steady_tick_are_independent():
+    """No value of the scan over F's layers is read on the way to B's, nor the other way round."""
+    body = steady_body()
+    exchanging = [e for e in body.eqns if e.primitive.name == "scan" and named(e.params["jaxpr"].jaxpr, "all_to_all")]
+    assert len(exchanging) == 4, "F and B of two ticks"
+    for first, second in (exchanging[:2], exchanging[2:]):
+        reached = set(first.outvars)
+        for eqn in body.eqns[body.eqns.index(first) + 1 : body.eqns.index(second) + 1]:
+            if any(variable in reached for variable in eqn.invars if isinstance(variable, Var)):
+                assert eqn is not second
+                reached.update(eqn.outvars)
+
+
+def test_no_ring_comes_out_of_a_conditional():
+    """XLA would copy it in every tick."""
+    tables = make_tables(make_schedule("dualpipe", 4, 16))
+    (body,) = bodies(program("none", 16), tables.ticks)
+    out = {variable.aval.shape for eqn in body.eqns if eqn.primitive.name == "cond" for variable in eqn.outvars}
+    rows = tables.rings.residual + 1
+    rings = {v.aval.shape for v in body.invars if v.aval.shape[:1] == (rows,) and v.aval.shape[1:] in out}
+    assert len(rings) > 10
+    assert not rings & out
+
+
+def test_a_pipelined_step_without_room_changes_nothing_and_runs_again():
+    """Too little room in any tick of any rank leaves the state bit for bit, and the next setting has enough."""
+    parallel = ParallelConfig(pipe=2, expert=4, microbatch_rows=1, schedule="one_f_one_b")
+    trainer = make(parallel, ONLY_MOE, dtype=jnp.float32, capacity=1.0)
+    bias = np.where(np.arange(8) < 2, 0.0, -100.0)  # all tokens to the two experts of one device
+    state = trainer.fresh_state(trainer.params_layout.initial(0), trainer.bias_layout.initial(0))
+    skewed = jax.tree.map(
+        lambda b: jax.device_put(np.broadcast_to(bias, b.shape).astype(b.dtype), b.sharding), state.router_bias
+    )
+    state = dataclasses.replace(state, router_bias=skewed)
+    before = jax.tree.map(np.array, state)
+    batch = batch_of(trainer, 16, config=ONLY_MOE)
+    state, metrics = trainer._step(state, batch, hyperparameters(), 0)
+    assert int(metrics.lost) > 0
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.array, state), before)
+    state, metrics = trainer.step(state, batch, hyperparameters())
+    assert (int(metrics.lost), int(state.step)) == (0, 1)

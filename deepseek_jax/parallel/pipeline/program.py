@@ -20,7 +20,8 @@ from jax.extend import core
 from deepseek_jax.compat import scan_sizes
 
 _CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "checkpoint": "jaxpr", "remat": "jaxpr", "remat2": "jaxpr"}
-_CALLS |= {"closed_call": "call_jaxpr", "core_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr"}
+_CALLS |= {"closed_call": "call_jaxpr", "core_call": "call_jaxpr", "eval_jaxpr": "call_jaxpr"}
+_CALLS |= {"custom_jvp_call": "call_jaxpr"}
 _CALLS |= {"custom_vjp_call": "call_jaxpr", "custom_vjp_call_jaxpr": "fun_jaxpr", "custom_lin": "call_jaxpr"}
 
 EXCHANGES = frozenset(
@@ -195,8 +196,8 @@ def _bind(eqn: Any) -> Callable[[Sequence[Any]], Sequence[Any]]:
 def _given_by_branches(op: Op, place: int) -> Value | None:
     """The input that an output of a conditional equals: nothing is to be kept twice.
 
-    A branch may hand on what it was given, while the others give nothing of meaning: jax has them fill the places of each
-    other's residuals with uninitialised arrays.
+    A branch may hand on what it was given, while the others give nothing of meaning: jax has them fill the places of
+    each other's residuals with uninitialised arrays.
     """
     found: set[int] = set()
     for branch in op.branches or ():
