@@ -85,7 +85,12 @@ def whole_weights(trainer: Trainer, state: TrainState) -> dict[str, jax.Array]:
 
 def parameter_count(trainer: Trainer) -> int:
     """Trained numbers of the model; the slots of a stack that stay empty are none."""
-    return sum(math.prod(entry.shape) for entry in trainer.params_layout.canonical().values())
+    layout, count = trainer.params_layout, 0
+    for name, spec in flatten(layout.specs).items():
+        kind, _, path = name.partition(".")
+        layers = len(list(layout.placement.arrays(kind, [path]))) if kind in KINDS else 1
+        count += layers * math.prod(spec.shape)
+    return count
 
 
 def _abstract_optimizer(trainer: Trainer) -> tuple[Any, Tree]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from array_digest import digest
-from tiny_run import checkpoint, checkpoints, records, write_texts
+from tiny_run import LENGTH, checkpoint, checkpoints, records, write_texts
 
 from deepseek_jax.config_io import override_all
 from experiments import launch, run, tiny
@@ -184,6 +184,35 @@ def test_a_run_moves_between_hosts_and_meshes_with_every_bit(home, tmp_path):
             assert json.loads(restored.read_text()) == saved
     assert checkpoints(folder) == [4, 8, 12]
     assert [line["step"] for line in records(folder, "train")] == list(range(1, 13))
+
+
+@pytest.mark.slow
+def test_processes_of_different_pipeline_stages_train_as_one(home, tmp_path):
+    """DualPipe over two processes, one per stage, which both read every row; resumed, it goes on as one process does.
+
+    The losses are those of one process with as many devices, and so is the place in the data.
+    """
+    mesh = {"parallel.pipe": 2, "parallel.data": 2, "parallel.expert": 2}
+    batch = {"schedule.batch_rows.phases.0.value": 16, "schedule.batch_rows.start": 16}
+    changes = [f"--set={name}={value}" for name, value in {**mesh, **batch, "checkpoint.every_steps": 3}.items()]
+
+    def until(step, folder, *arguments):
+        total = f"--set=schedule.total_tokens={step * 16 * LENGTH}"
+        code, _, errors = finish(
+            home, "--workdir", tmp_path / folder, "--virtual_devices=8", *changes, total, *arguments
+        )
+        assert code == 0, errors
+
+    until(3, "two", "--simulate_hosts=2")
+    until(5, "two", "--simulate_hosts=2", "--resume")
+    until(5, "one")
+    two, one = (records(tmp_path / name, "train") for name in ("two", "one"))
+    assert [line["step"] for line in two] == [line["step"] for line in one] == list(range(1, 6))
+    for name in ("loss", "loss_main", "loss_mtp", "grad_norm"):
+        np.testing.assert_allclose([x[name] for x in two], [x[name] for x in one], rtol=1e-5, err_msg=name)
+    assert [line["load"] for line in two] == [line["load"] for line in one]
+    both, alone = (checkpoint(tmp_path / name, 5)[1]["data"] for name in ("two", "one"))
+    assert both == alone
 
 
 @pytest.mark.slow

@@ -26,6 +26,8 @@ from split_cases import (
     whole,
 )
 
+from deepseek_jax.parallel.pipeline.parts import pruned
+from deepseek_jax.parallel.pipeline.program import evaluate, flatten
 from deepseek_jax.parallel.pipeline.split_vjp import split_vjp
 
 SLOW = pytest.mark.slow
@@ -130,6 +132,27 @@ def test_what_a_branch_only_hands_on_is_not_kept_again():
         return lax.cond(has, lambda x: x @ w, lambda x: x, x) + x @ (2 * w), None
 
     assert kept(twice, W, X, has) == [X.shape]
+
+    def scaled(w, x, has):
+        return lax.cond(has, lambda x: jnp.sin(x @ (2 * w)), lambda x: x, x), None
+
+    assert kept(scaled, W, X, has) == [X.shape] * 2  # the input and a cosine
+
+
+def test_a_part_of_loops_within_loops_needs_no_more_than_it_uses():
+    """One of two carries of an inner loop, without what only the other is made of."""
+
+    def inner(carry, _):
+        a, b = carry
+        return (a + 1, b * 2), None
+
+    def outer(carry, b):
+        (a, b), _ = lax.scan(inner, (carry, b), None, length=2)
+        return a, b
+
+    program = flatten(jax.make_jaxpr(lambda a, bs: lax.scan(outer, a, bs))(1.0, jnp.ones(3)))
+    wanted = program.outputs[:1]
+    assert evaluate(pruned(program.ops, wanted), {program.inputs[0]: jnp.float32(1)}, wanted) == [7]
 
 
 class Streams(NamedTuple):

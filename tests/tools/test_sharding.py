@@ -254,9 +254,9 @@ def test_the_smaller_mesh_changes_nothing_else():
     assert dataclasses.replace(smaller, parallel=base.parallel) == base
 
 
-def test_stages_that_cannot_run_yet_are_refused_in_one_line(tmp_path, capsys):
+def test_a_machine_of_fewer_devices_is_refused_in_one_line(tmp_path, capsys):
     """By the command that trains, before anything is made."""
     from experiments import run
 
     assert run.main(["v3.pretrain", "--workdir", str(tmp_path / "run")]) != 0
-    assert re.fullmatch(r"error: parallel\.pipe=16 is not available yet[^\n]*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"error: the mesh pipe 16 x data 2 x node 8 x expert 8 needs 2048 devices, [^\n]*\n", capsys.readouterr().err)

@@ -47,6 +47,14 @@ def settings():
         yield
 
 
+def test_processes_that_share_a_cpu_all_compile(settings, monkeypatch):
+    """Where one of them found its program at once, it would wait for the others for longer than gloo does."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with setting(jax_enable_compilation_cache=True):
+        use_compile_cache()
+        assert not jax.config.jax_enable_compilation_cache
+
+
 def test_a_second_start_compiles_nothing(tmp_path):
     """Programs of any compile time are kept, in the user's own cache folder."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))}

@@ -31,7 +31,7 @@ from tiny_run import (
 
 from deepseek_jax.data import Tokenizer, heldout_documents
 from deepseek_jax.inference.generate import Generator, bind_canonical
-from deepseek_jax.training import canonical, finish, loop
+from deepseek_jax.training import finish, loop
 from deepseek_jax.training.experiment import EvaluationConfig
 from deepseek_jax.training.finish import HeldoutEvaluator
 
@@ -144,12 +144,11 @@ def test_an_empty_prompt_begins_after_the_end_of_a_document(runs, ended):
     data = dataclasses.replace(runs.base.data, add_bos=False)
     evaluation = dataclasses.replace(runs.base.evaluation, samples=("", "def"))
     given = dataclasses.replace(runs.base, data=data, evaluation=evaluation)
-    trainer = loop.make_trainer(given)
-    state = canonical.from_canonical(trainer, {n: jax.numpy.asarray(a) for n, a in arrays.items()}, STEPS)
-    generator = Generator(bind_canonical(runs.base.model, {n: jax.numpy.asarray(a) for n, a in arrays.items()}))
+    weights = {n: jax.numpy.asarray(a) for n, a in arrays.items()}
+    generator = Generator(bind_canonical(runs.base.model, weights))
     prompts = [[tokenizer.eos_id], tokenizer.encode("def").tolist()]
     outputs = generator.generate(prompts, max_new_tokens=8, sampling=finish.GREEDY, stop_ids=(tokenizer.eos_id,))
-    samples = finish._samples(given, (state.params, state.router_bias), tokenizer, STEPS)
+    samples = finish._samples(given, weights, tokenizer, STEPS)
     assert [s["text"] for s in samples[:2]] == [tokenizer.decode(o, skip_specials=True) for o in outputs]
 
 

@@ -27,6 +27,7 @@ from deepseek_jax.config_io import save_config
 from deepseek_jax.data import Tokenizer, merge_states, train_rows, train_tokenizer
 from deepseek_jax.parallel import hosts
 from deepseek_jax.parallel.mesh import ParallelConfig
+from deepseek_jax.parallel.readers import reader_of
 from deepseek_jax.training import loop, start
 from deepseek_jax.training.checkpoint import CheckpointError, CheckpointStore
 from deepseek_jax.training.schedules import Curve, Phase, ScheduleConfig, constant
@@ -272,7 +273,7 @@ def test_a_run_checks_its_batches_before_it_reads_anything(texts, tmp_path, monk
         raise AssertionError("the data was read first")
 
     monkeypatch.setattr(start, "make_tokenizer", too_late)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(loop, "reader_of", lambda mesh: dataclasses.replace(reader_of(mesh), count=2))
     with quick_runs(), pytest.raises(ConfigError, match=r"comes to 3 sequences, which 2 hosts .*batch_multiple=2$"):
         train(experiment(texts), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []

@@ -35,6 +35,9 @@ def recipe(*, balance_weight: float = 1e-4, model: ModelConfig = MODEL, **change
 
 CHANGES = {
     "microbatch_rows": ({"parallel": ParallelConfig(microbatch_rows=3)}, 3),
+    "schedule": ({"parallel": ParallelConfig(schedule="zb_h1")}, "zb_h1"),
+    "chunks": ({"parallel": ParallelConfig(chunks=3)}, 3),
+    "overlap": ({"parallel": ParallelConfig(overlap="steady")}, "steady"),
     "recompute": ({"parallel": ParallelConfig(recompute="full")}, "full"),
     "unroll_layers": ({"parallel": ParallelConfig(unroll_layers=2)}, 2),
     "compute_dtype": ({"precision": PrecisionPolicy(compute="bfloat16")}, jnp.dtype("bfloat16")),
@@ -67,7 +70,10 @@ def test_every_choice_of_a_recipe_reaches_the_step(name):
 def test_what_a_mesh_cannot_hold_is_refused_in_one_line():
     """Before any device work: stages, and experts, groups or dispatchers that do not fit the devices."""
     refused = {
-        "parallel.pipe=2 is not available yet": ParallelConfig(pipe=2),
+        "2 stages are more than the model's 1 layers": ParallelConfig(pipe=2),
+        "dualpipe needs an even number of ranks, not 3": ParallelConfig(pipe=3),
+        "parallel.layers_per_stage=(1, 1) is for 2 stages with 2 layers": ParallelConfig(pipe=2, layers_per_stage=(1, 1)),
+        "chunks belong to interleaved_one_f_one_b": ParallelConfig(pipe=2, chunks=2),
         "the mesh pipe 1 x data 1 x node 1 x expert 4 needs 4 devices": ParallelConfig(expert=4),
     }
     for line, parallel in refused.items():

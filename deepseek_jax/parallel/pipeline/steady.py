@@ -46,6 +46,18 @@ class Steady(NamedTuple):
     """The same for `gradient`."""
 
 
+class Tick(NamedTuple):
+    """What is known of a steady tick before the program runs."""
+
+    phase_f: int
+    phase_b: int
+    embed: bool
+    head: bool
+    embed_gradient: bool
+    x_sends: Pairs
+    dx_sends: Pairs
+
+
 class _Arrivals(NamedTuple):
     """What is stored at the end of each tick."""
 
@@ -96,6 +108,21 @@ def find_steady(columns: Mapping[str, np.ndarray], *, slots: int, activation: in
         x.rows[start:end],
         dx.rows[start:end],
     )
+
+
+def known_ticks(steady: Steady | None, slots: int) -> tuple[Tick, ...]:
+    """The ticks of a pattern, where all ranks work on weights of the same phase (`phases.py`) in each; else none."""
+    if steady is None:
+        return ()
+    flip = steady.f_slot[0] if slots == 2 else 0
+    ticks = []
+    for place in range(steady.period):
+        phase_f, phase_b = ({int(slot) for slot in of[place] ^ flip} for of in (steady.f_slot, steady.b_slot))
+        if len(phase_f) > 1 or len(phase_b) > 1:
+            return ()
+        ends = (steady.embed[place], steady.head[place], steady.embed_gradient[place])
+        ticks.append(Tick(phase_f.pop(), phase_b.pop(), *ends, steady.x_sends[place], steady.dx_sends[place]))
+    return tuple(ticks)
 
 
 def _arrivals(columns: Mapping[str, np.ndarray], what: str, scratch: int) -> _Arrivals:

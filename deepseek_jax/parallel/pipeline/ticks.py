@@ -26,7 +26,7 @@ from deepseek_jax.parallel.pipeline.rings import Made, Post, Rings, StageShapes
 from deepseek_jax.parallel.pipeline.schedule import Schedule
 from deepseek_jax.parallel.pipeline.split_vjp import SplitVjp, split_vjp
 from deepseek_jax.parallel.pipeline.stage import STACKS, Occupied, Stage, StageOutputs
-from deepseek_jax.parallel.pipeline.steady import Pairs
+from deepseek_jax.parallel.pipeline.steady import Tick, known_ticks
 from deepseek_jax.parallel.pipeline.tables import END_COLUMNS, TickTables, make_tables
 from deepseek_jax.tree import Tree
 
@@ -38,8 +38,8 @@ a backward's compute; and whether the equations of both are interleaved in it.""
 class Totals(NamedTuple):
     """Sums over the ticks."""
 
-    stacks: tuple[Tree, ...]
-    """Per phase the gradients of its stacks of layers."""
+    stacks: Tree
+    """`[phases, slots, ...]`: the gradients of stacks of layers."""
     shared: Tree
     """Gradients that stages give of the ends that they read."""
     ends: Tree
@@ -49,18 +49,6 @@ class Totals(NamedTuple):
     aux: jax.Array
     stats: tuple[dict[str, LayerStats], ...]
     """Per phase."""
-
-
-class Tick(NamedTuple):
-    """What is known of a steady tick before the program runs."""
-
-    phase_f: int
-    phase_b: int
-    embed: bool
-    head: bool
-    embed_gradient: bool
-    x_sends: Pairs
-    dx_sends: Pairs
 
 
 class Machine:
@@ -94,7 +82,7 @@ class _Run:
         self.machine, self.tables, self.stages = machine, tables, machine.schedule.stages
         self.model = machine.stage.model
         self.trains = bool((tables.b_slot >= 0).any())
-        self.pattern = () if machine.overlap == "none" else _pattern(tables)
+        self.pattern = () if machine.overlap == "none" else known_ticks(tables.steady, self.stages.slots)
         self.rank = to_varying(lax.axis_index("pipe"), AXES)
         self.scales = to_varying(scales, AXES)
         # One microbatch more, without a token, for an end that is called for one direction alone.
@@ -119,10 +107,11 @@ class _Run:
 
     def train(self):
         totals = self._ticks()
+        by_phase = tuple(jax.tree.map(lambda leaf, p=p: leaf[p], totals.stacks) for p in range(self.stages.slots))
         own = self.model.split_ends
         ends = {name: tree if name in own else self._once(tree) for name, tree in totals.ends.items()}
         ends |= {name: add(ends[name], tree) for name, tree in totals.shared.items()}
-        return self._outputs(totals), {**self.phases.home(totals.stacks, add), **ends}
+        return self._outputs(totals), {**self.phases.home(by_phase, add), **ends}
 
     def evaluate(self):
         return self._outputs(self._ticks())
@@ -158,37 +147,45 @@ class _Run:
         rings = self.post.write(rings, made, before)
         embedded = self._embed(at, known)
         cotangents, totals = self._head(rings, totals, at, known)
+        forward = lambda: self._of_forward(rings, embedded, at, known)  # noqa: E731
+        backward = lambda: self._of_backward(rings, cotangents, at, known)  # noqa: E731
         if known and self.machine.overlap == "braid":
             assert self.split is not None
-            together = braid(self.split.forward, self.split.gradients)
-            arguments = self._of_forward(rings, embedded, at, known), self._of_backward(rings, cotangents, at, known)
-            (out, stats, residual), (dx, weights) = together(*arguments)
-            stash: list = []
+            done, (dx, weights) = braid(self.split.forward, self.split.gradients)(forward(), backward())
+            stacks, shared = self._added(totals.stacks, totals.shared, known.phase_b, weights)
+            stash, totals = [], totals._replace(stacks=stacks, shared=shared)
         else:
-            forward = lambda: self._forward(*self._of_forward(rings, embedded, at, known))  # noqa: E731
-            out, stats, residual = self._when(at["f_slot"] >= 0, known, forward)
-            dx, stash, weights = self._backward(rings, cotangents, at, known) if self.trains else (None, [], {})
+            done = self._when(at["f_slot"] >= 0, known, lambda: self._forward(*forward()))
+            dx, stash, totals = (
+                self._backward(rings, backward, totals, at, known) if self.trains else (None, [], totals)
+            )
+        out, stats, residual = done
         phase = known.phase_f if known else self.phases.of(at["f_slot"])
-        totals = totals._replace(
-            aux=totals.aux + out.aux, stats=self.phases.added(totals.stats, phase, stats, joined_stats)
-        )
-        if not self.trains:
-            return rings, Made(out.hidden, [], [], self.post.send("x", out.x, None), ()), totals
-        phase = known.phase_b if known else self.phases.of(at["w_slot"])
-        shared = {name: weights.pop(name) for name in self.shared}
-        stacks = self.phases.added(totals.stacks, phase, weights, add)
-        totals = totals._replace(stacks=stacks, shared=add(totals.shared, shared))
-        totals = self._embed_gradient(totals, dx, at, known)
+        stats = self.phases.added(totals.stats, phase, stats, joined_stats)
+        totals = totals._replace(aux=totals.aux + out.aux, stats=stats)
         x = self.post.send("x", out.x, known and known.x_sends)
+        if not self.trains:
+            return rings, Made(out.hidden, [], [], x, ()), totals
+        totals = self._embed_gradient(totals, dx, at, known)
         return rings, Made(out.hidden, residual, stash, x, self.post.send("dx", dx, known and known.dx_sends)), totals
 
     def _when(self, predicate: jax.Array, known: Tick | bool | None, run: Callable[[], Any]) -> Any:
         """`run()`, or zeros where the predicate is false; in a steady tick it is known what it is."""
-        checked = lambda: to_varying(run(), AXES)  # noqa: E731
+        return self._adding(predicate, known, lambda *_: (run(), ()), ())[0]
+
+    def _adding(self, predicate: jax.Array, known: Tick | bool | None, run: Callable[..., Any], sums: tuple) -> Any:
+        """The same of `run(*sums) -> (result, sums with what it added)`.
+
+        Sums that nothing else in the tick reads go through the conditional: XLA adds to them in place, where zeros from
+        a branch would be made and added in every tick.
+        """
+        checked = lambda *sums: to_varying(run(*sums), AXES)  # noqa: E731
         if known:
-            return checked()
-        shapes = jax.eval_shape(checked)
-        return zeros(shapes) if known is False else lax.cond(predicate, checked, lambda: zeros(shapes))
+            return checked(*sums)
+        shapes, _ = jax.eval_shape(checked, *sums)
+        if known is False:
+            return zeros(shapes), sums
+        return lax.cond(predicate, checked, lambda *sums: (zeros(shapes), sums), *sums)
 
     # --- F, B, W ---
 
@@ -215,22 +212,38 @@ class _Run:
         )
         return self._weights(phase), x, self._fixed(slot, at["f_microbatch"], phase)
 
-    def _backward(self, rings: Rings, cotangents: tuple, at: dict, known: Tick | None):
-        """(dx, stash, weights' gradients): of a B, and of its W or an earlier one's."""
-        split, of_b = self.split, lambda: self._of_backward(rings, cotangents, at, known)
+    def _backward(self, rings: Rings, of_b: Callable[[], tuple], totals: Totals, at: dict, known: Tick | None):
+        """(dx, stash, totals with weights' gradients): of a B, and of its W or an earlier one's."""
+        split = self.split
         assert split is not None
         if known or not self.tables.rings.stash:
-            dx, weights = self._when(at["b_slot"] >= 0, known, lambda: split.gradients(*of_b()))
-            return dx, [], weights
+            phase = known.phase_b if known else self.phases.of(at["b_slot"])
+
+            def both(stacks: Tree, shared: Tree):
+                dx, weights = split.gradients(*of_b())
+                return dx, self._added(stacks, shared, phase, weights)
+
+            dx, (stacks, shared) = self._adding(at["b_slot"] >= 0, known, both, (totals.stacks, totals.shared))
+            return dx, [], totals._replace(stacks=stacks, shared=shared)
         dx, stash = self._when(at["b_slot"] >= 0, None, lambda: split.input_gradient(*of_b()))
 
-        def weight_gradient():
+        def weight_gradient(stacks: Tree, shared: Tree):
             phase = self.phases.of(at["w_slot"])
             fixed = self._fixed(at["w_slot"], at["w_microbatch"], phase)
             own = where(at["w_own"] > 0, stash, take(rings.stash, at["w_stash"]))
-            return split.weight_gradient(self._weights(phase), fixed, take(rings.residual, at["w_residual"]), own)
+            residual = take(rings.residual, at["w_residual"])
+            weights = split.weight_gradient(self._weights(phase), fixed, residual, own)
+            return (), self._added(stacks, shared, phase, weights)
 
-        return dx, stash, self._when(at["w_slot"] >= 0, None, weight_gradient)
+        sums = (totals.stacks, totals.shared)
+        _, (stacks, shared) = self._adding(at["w_slot"] >= 0, None, weight_gradient, sums)
+        return dx, stash, totals._replace(stacks=stacks, shared=shared)
+
+    def _added(self, stacks: Tree, shared: Tree, phase: Phase, weights: Tree) -> tuple[Tree, Tree]:
+        """The sums of both with the gradients of a phase's weights."""
+        of_stacks = {name: tree for name, tree in weights.items() if name not in self.shared}
+        add_at = lambda total, g: total.at[phase].add(g.astype(total.dtype))  # noqa: E731
+        return jax.tree.map(add_at, stacks, of_stacks), add(shared, {name: weights[name] for name in shared})
 
     def _of_backward(self, rings: Rings, cotangents: tuple, at: dict, known: Tick | None):
         """What a B reads: weights, fixed inputs, residuals, and cotangents from the next stage or from the loss."""
@@ -260,28 +273,33 @@ class _Run:
         """Per direction the cotangents of its last stage's hidden states, and totals with the loss."""
 
         @jax.named_scope("head")
-        def run():
+        def run(total: jax.Array, sums: dict, of_ends: Tree):
             hidden = self._from_stage(self.stages.stages - 1, take(rings.output, at["b_output"]), at["head"])
             batch = self._microbatches(at["head"])
             loss = lambda ends, hidden: self.model.finish(ends, hidden, batch, self.scales)  # noqa: E731
-            if not self.trains:
-                return *loss(self.ends, hidden), {}, ()
-            (value, sums), (ends, cotangents) = jax.value_and_grad(loss, (0, 1), has_aux=True)(self.ends, hidden)
-            return value, sums, ends, parted(cotangents, self.stages.directions)
+            if self.trains:
+                gradient = jax.value_and_grad(loss, (0, 1), has_aux=True)
+                (value, more), (ends, cotangents) = gradient(self.ends, hidden)
+                of_ends = add(of_ends, ends)
+            else:
+                (value, more), cotangents = loss(self.ends, hidden), ()
+            return parted(cotangents, self.stages.directions), (total + value, add(sums, more), of_ends)
 
-        value, sums, ends, cotangents = self._when((at["head"] >= 0).any(), known and known.head, run)
-        total = {"loss": totals.loss + value, "sums": add(totals.sums, sums), "ends": add(totals.ends, ends)}
-        return cotangents, totals._replace(**total)
+        sums = (totals.loss, totals.sums, totals.ends)
+        cotangents, sums = self._adding((at["head"] >= 0).any(), known and known.head, run, sums)
+        return cotangents, totals._replace(**dict(zip(("loss", "sums", "ends"), sums, strict=True)))
 
     def _embed_gradient(self, totals: Totals, dx: Streams, at: dict, known: Tick | None) -> Totals:
         @jax.named_scope("embed_gradient")
-        def run():
+        def run(ends: Tree):
             cotangents = self._from_stage(0, dx, at["embed_gradient"])
             batch = self._microbatches(at["embed_gradient"])
-            return jax.vjp(lambda ends: self.model.embed(ends, batch), self.ends)[1](cotangents)[0]
+            (gradient,) = jax.vjp(lambda ends: self.model.embed(ends, batch), self.ends)[1](cotangents)
+            return (), (add(ends, gradient),)
 
-        gradient = self._when((at["embed_gradient"] >= 0).any(), known and known.embed_gradient, run)
-        return totals._replace(ends=add(totals.ends, gradient))
+        wanted = (at["embed_gradient"] >= 0).any()
+        _, (ends,) = self._adding(wanted, known and known.embed_gradient, run, (totals.ends,))
+        return totals._replace(ends=ends)
 
     def _from_stage(self, stage: int, mine: Any, microbatches: jax.Array) -> Any:
         """What the ranks have that hold a stage of each direction, on all ranks, one direction after the other; zeros
@@ -304,7 +322,7 @@ class _Run:
         batch = self._microbatches(jnp.full(self.stages.directions, -1))
         loss, sums = jax.eval_shape(lambda: self.model.finish(self.ends, hidden, batch, self.scales))
         return Totals(
-            stacks=tuple(wide_zeros(weights) for weights in self.weights) if self.trains else (),
+            stacks=wide_zeros(jax.tree.map(lambda *leaves: jnp.stack(leaves), *self.weights)) if self.trains else {},
             shared=wide_zeros(self.shared) if self.trains else {},
             ends=wide_zeros(self.ends) if self.trains else {},
             loss=zeros(loss),
@@ -367,19 +385,3 @@ def joined_stats(a: dict[str, LayerStats], b: dict[str, LayerStats]) -> dict[str
         return total._replace(traffic=total.traffic._replace(demand=demand))
 
     return {kind: join(a[kind], b[kind]) for kind in a}
-
-
-def _pattern(tables: TickTables) -> tuple[Tick, ...]:
-    """The steady ticks of one period, where all ranks work on the same phase; else nothing."""
-    steady = tables.steady
-    if steady is None:
-        return ()
-    flip = steady.f_slot[0] if tables.schedule.stages.slots == 2 else 0
-    ticks = []
-    for place in range(steady.period):
-        phase_f, phase_b = ({int(slot) for slot in slots[place] ^ flip} for slots in (steady.f_slot, steady.b_slot))
-        if len(phase_f) > 1 or len(phase_b) > 1:
-            return ()
-        ends = (steady.embed[place], steady.head[place], steady.embed_gradient[place])
-        ticks.append(Tick(phase_f.pop(), phase_b.pop(), *ends, steady.x_sends[place], steady.dx_sends[place]))
-    return tuple(ticks)
