@@ -55,8 +55,8 @@ def report(table: ShardingTable) -> str:
     parts += [_step_line(table), _collective_table(table.collectives), "\n".join(_sent(table))]
     if table.mesh["pipe"] > 1:
         parts.append(
-            "Counted as if every rank did a forward and a backward in each of the pipeline's ticks; where its table "
-            "says nothing, it does neither, and sends nothing but what goes over pipe."
+            "What stages and the model's two ends send is counted as often as the schedule calls them; messages from "
+            "stage to stage are sent in every tick."
         )
     return "\n\n".join(parts)
 

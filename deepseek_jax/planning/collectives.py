@@ -15,6 +15,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from fractions import Fraction
 from typing import Any, Literal
 
 Phase = Literal["", "forward", "recomputed", "backward"]
@@ -71,19 +72,22 @@ _TRANSFORMS = frozenset({"jvp", "transpose", "vmap", "checkpoint", "rematted_com
 """What jax itself writes into the stack of names."""
 
 
-def collectives(program: Any) -> tuple[Collective, ...]:
+def collectives(program: Any, shares: Mapping[str, Fraction] | None = None) -> tuple[Collective, ...]:
     """The collectives of a jaxpr, closed or not, in the order of the program; those among one rank are none.
 
     A scan's count as often as it repeats. Of the branches of a `cond`, the one that sends most counts.
 
+    Args:
+      program: the jaxpr.
+      shares: by the name of the innermost scope of a `cond`, how often it is taken; default: always.
+
     Raises:
       ValueError: a collective in a while loop, which says nowhere how often it runs.
     """
-    counts: dict[Collective, int] = {}
-    for one in _walk(program, {}, ""):
-        alike = dataclasses.replace(one, calls=1)
-        counts[alike] = counts.get(alike, 0) + one.calls
-    return tuple(dataclasses.replace(one, calls=calls) for one, calls in counts.items())
+    counts: dict[Collective, Fraction] = {}
+    for one, calls in _walk(program, {}, "", shares or {}):
+        counts[one] = counts.get(one, Fraction(0)) + calls
+    return tuple(dataclasses.replace(one, calls=round(calls)) for one, calls in counts.items())
 
 
 def total_sent(found: Iterable[Collective]) -> int:
@@ -91,26 +95,30 @@ def total_sent(found: Iterable[Collective]) -> int:
     return sum(one.bytes_sent for one in found)
 
 
-def _walk(program: Any, sizes: Mapping[str, int], names: str) -> Iterator[Collective]:
-    """Those of a jaxpr in a mesh whose axes have `sizes`, under the stack of names `names`."""
+def _walk(
+    program: Any, sizes: Mapping[str, int], names: str, shares: Mapping[str, Fraction]
+) -> Iterator[tuple[Collective, Fraction]]:
+    """Those of a jaxpr in a mesh whose axes have `sizes`, under the stack of names `names`, and how often each is."""
     for equation in program.eqns:
         primitive, params = equation.primitive.name, equation.params
         stack = f"{names}/{equation.source_info.name_stack}"
         kind = next((kind for start, kind in _KINDS.items() if primitive.startswith(start)), None)
         if kind is not None:
-            yield from _collective(kind, equation, sizes, stack)
+            yield from ((one, Fraction(1)) for one in _collective(kind, equation, sizes, stack))
         elif primitive == "cond":
-            branches = [list(_walk(branch, sizes, stack)) for branch in params["branches"]]
-            yield from max(branches, key=total_sent)
+            branches = [list(_walk(branch, sizes, stack, shares)) for branch in params["branches"]]
+            share = shares.get(_purpose(stack), Fraction(1))
+            most = max(branches, key=lambda found: sum(one.bytes_sent * calls for one, calls in found))
+            yield from ((one, calls * share) for one, calls in most)
         else:
             inner = params["mesh"].shape if primitive == "shard_map" else sizes
-            found = [one for value in params.values() for part in _jaxprs(value) for one in _walk(part, inner, stack)]
+            parts = [part for value in params.values() for part in _jaxprs(value)]
+            found = [pair for part in parts for pair in _walk(part, inner, stack, shares)]
             if found and primitive == "while":
-                raise ValueError(
-                    f"{found[0].kind} over {found[0].axes} in a while loop: how often it runs is not known"
-                )
+                first = found[0][0]
+                raise ValueError(f"{first.kind} over {first.axes} in a while loop: how often it runs is not known")
             times = params["length"] if primitive == "scan" else 1
-            yield from (dataclasses.replace(one, calls=one.calls * times) for one in found)
+            yield from ((one, calls * times) for one, calls in found)
 
 
 def _jaxprs(value: Any) -> Iterator[Any]:

@@ -49,6 +49,8 @@ class Instruction:
     """Names of instructions of the same computation."""
     attributes: str
     """What follows the operands, as text."""
+    number: int = 0
+    """Of a parameter, its place."""
     is_root: bool = False
 
     @property
@@ -186,6 +188,7 @@ def _instruction(name: str, rest: str, *, is_root: bool) -> Instruction:
         arrays=tuple(_arrays(shape)),
         operands=tuple(re.findall(r"%([\w.\-]+)", rest[:end])),
         attributes=rest[end + 1 :],
+        number=int(rest[:end]) if opcode == "parameter" else 0,
         is_root=is_root,
     )
 

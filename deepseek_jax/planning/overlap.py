@@ -80,7 +80,7 @@ class Replay:
     def __init__(self, program: CompiledProgram, speeds: Speeds | None = None):
         self.program, self.speeds = program, speeds or Speeds()
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019
+    @functools.cache  # noqa: B019
     def span(self, computation: str) -> Span:
         """Of one run of a computation."""
         here = self.program.computations[computation]
@@ -155,9 +155,9 @@ class Replay:
         found = []
         for here, one in self.program.inside(body):
             if one.opcode in ("dynamic-slice", "dynamic-update-slice"):
-                whole, part = here.operands(one)[:2]
-                part = one if one.opcode == "dynamic-slice" else part
-                sizes = whole.arrays[0].dims, part.arrays[0].dims
+                operands = here.operands(one)
+                part = one if one.opcode == "dynamic-slice" else operands[1]
+                sizes = operands[0].arrays[0].dims, part.arrays[0].dims
                 if (len(sizes[0]) == 2) == rows and sizes[0] and sizes[0][0] > sizes[1][0]:
                     found.append((sizes[0][0], sizes[1][0]))
         return max(found, default=None)

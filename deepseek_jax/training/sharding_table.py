@@ -20,6 +20,7 @@ from deepseek_jax.config import require
 from deepseek_jax.model.targets import Microbatch
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.mesh import AXES, ParallelConfig
+from deepseek_jax.parallel.pipeline.tables import make_tables, work_shares
 from deepseek_jax.parallel.placement import KINDS, ParameterLayout, place
 from deepseek_jax.planning.collectives import Collective, collectives
 from deepseek_jax.training.experiment import Experiment
@@ -43,6 +44,8 @@ class ParameterRow:
     """Of the working copy and of the gradient that microbatches are added to."""
     elements: int
     """Of the model's layers together: `shape` without the slots that stay empty."""
+    mtp_elements: int
+    """Of these those of MTP modules, which published totals leave out."""
     master_bytes: int
     moment_bytes: int
     copy_bytes: int
@@ -54,11 +57,6 @@ class ParameterRow:
     def held_elements(self) -> int:
         """Elements of the whole array, empty slots included."""
         return math.prod(self.shape)
-
-    @property
-    def is_mtp(self) -> bool:
-        """Whether it belongs to the MTP modules, which published totals leave out."""
-        return self.name.startswith("mtp.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +88,8 @@ class ShardingTable:
 
     def elements(self, *, mtp: bool) -> int:
         """Parameters and router biases of the main model, or of its MTP modules."""
-        return sum(row.elements for row in self.rows if row.is_mtp == mtp)
+        of_mtp = sum(row.mtp_elements for row in self.rows)
+        return of_mtp if mtp else sum(row.elements for row in self.rows) - of_mtp
 
     @property
     def least_state_bytes(self) -> float:
@@ -157,9 +156,11 @@ def step_collectives(trainer: Trainer, shape: tuple[int, int]) -> tuple[Collecti
     batch = Microbatch(*(jax.ShapeDtypeStruct(shape, jnp.int32) for _ in Microbatch._fields))
     scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
     hyper = Hyperparameters(scalar, scalar, scalar)
-    return collectives(
-        jax.make_jaxpr(trainer._sharded_step, static_argnums=3)(abstract_state(trainer), batch, hyper, 0)
-    )
+    program = jax.make_jaxpr(trainer._sharded_step, static_argnums=3)(abstract_state(trainer), batch, hyper, 0)
+    if trainer.schedule.ranks == 1:
+        return collectives(program)
+    tables = make_tables(trainer.schedule.make(trainer.microbatches(shape)))
+    return collectives(program, work_shares(tables, steady=trainer.overlap != "none"))
 
 
 def sharding_table(experiment: Experiment) -> ShardingTable:
@@ -195,7 +196,10 @@ def _rows(
     rows = []
     for name, array in arrays.items():
         spec, kind, sharding = specs[name], name.split(".")[0], array.sharding
-        layers = len(list(layout.placement.arrays(kind, [name.partition(".")[2]]))) if kind in KINDS else 1
+        layers = [name]
+        if kind in KINDS:
+            layers = [layer for *_, layer in layout.placement.arrays(kind, [name.partition(".")[2]])]
+        modules = sum(layer.startswith("mtp.") for layer in layers)
         dtype = array.dtype if spec.full_precision else jnp.dtype(trainer.config.compute_dtype)
         whole = math.prod(NamedSharding(trainer.mesh, copies[name]).shard_shape(array.shape))
         is_copied = dtype != array.dtype or copies[name] != sharding.spec
@@ -208,7 +212,8 @@ def _rows(
                 partition=_partition(sharding.spec, array.ndim),
                 copy_dtype=str(dtype),
                 copy_partition=_partition(copies[name], array.ndim),
-                elements=layers * math.prod(spec.shape),
+                elements=len(layers) * math.prod(spec.shape),
+                mtp_elements=modules * math.prod(spec.shape),
                 master_bytes=_shard_bytes(array),
                 moment_bytes=0 if moments is None else moments[name],
                 copy_bytes=whole * dtype.itemsize * (is_copied + mirrored),

@@ -41,6 +41,7 @@ from deepseek_jax.parallel.mesh import AXES, BATCH_AXES
 from deepseek_jax.parallel.pipeline.choice import ScheduleChoice
 from deepseek_jax.parallel.pipeline.executor import pipeline
 from deepseek_jax.parallel.pipeline.protocol import LayerStats, LossScales, StagedModel
+from deepseek_jax.parallel.pipeline.ticks import Overlap
 from deepseek_jax.parallel.placement import KINDS, ParameterLayout, Placement
 from deepseek_jax.parallel.sharding import BATCH_SPEC, largest_over, mesh_axes_of, sum_over
 from deepseek_jax.parallel.vocabulary import ShardedVocabulary, WholeVocabulary, check_vocabulary
@@ -91,6 +92,7 @@ class Trainer:
         )
         self.model, self.placement, self.mesh, self.config = model, placement, mesh, config
         self.schedule = ScheduleChoice(config.schedule, mesh.shape["pipe"], config.chunks)
+        self.overlap: Overlap = config.overlap or ("none" if jax.default_backend() == "cpu" else "braid")
         self._experts = ExpertMesh(mesh.shape["node"], mesh.shape["expert"])
         check_vocabulary(model.config.vocab_size, mesh.shape["pipe"])
         check_experts(model.config.moe, self._experts, choose_dispatcher(config.dispatcher, self._experts))
@@ -305,7 +307,7 @@ class Trainer:
             occupied=self.placement.occupied(),
             recompute=self.config.recompute,
             unroll_layers=self.config.unroll_layers,
-            overlap=self.config.overlap or ("none" if jax.default_backend() == "cpu" else "braid"),
+            overlap=self.overlap,
         )
 
     @jax.named_scope("count_labels")

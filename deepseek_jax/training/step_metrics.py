@@ -53,6 +53,7 @@ class LayerRows:
     def __init__(self, placement: Placement, mesh: Mesh | AbstractMesh):
         self._placement, self._devices = placement, math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
+    @jax.named_scope("sum_outputs")
     def of(self, stats: Mapping[str, LayerStats], leaf: Callable[[LayerStats], jax.Array]) -> jax.Array:
         """One leaf of all layers' stats `[layers, ...]`, from those of each rank's stacks."""
         kinds = tuple(kind for kind in KINDS if kind in stats)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from array_digest import digest
-from tiny_run import LENGTH, checkpoint, checkpoints, records, write_texts
+from tiny_run import LENGTH, assert_same_arrays, checkpoint, checkpoints, records, write_texts
 
 from deepseek_jax.config_io import override_all
 from experiments import launch, run, tiny
@@ -184,6 +184,28 @@ def test_a_run_moves_between_hosts_and_meshes_with_every_bit(home, tmp_path):
             assert json.loads(restored.read_text()) == saved
     assert checkpoints(folder) == [4, 8, 12]
     assert [line["step"] for line in records(folder, "train")] == list(range(1, 13))
+
+
+@pytest.mark.slow
+def test_a_killed_run_under_dualpipe_is_the_uninterrupted_one_bit_for_bit(home, tmp_path):
+    """Twenty steps on four devices; SIGKILL at step 10 leaves the checkpoint of step 4 or 8, from which it goes on."""
+    changes = ["--virtual_devices=4", "--set=parallel.pipe=2", "--set=parallel.expert=2"]
+    changes.append(f"--set=schedule.total_tokens={20 * 8 * LENGTH}")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment(home)}
+    child = subprocess.Popen(command("--workdir", tmp_path / "killed", *changes), **pipes)
+    try:
+        wait_for_step(child, 10)
+    finally:
+        child.kill()
+        child.communicate()
+    for folder, more in (("killed", ["--resume"]), ("whole", [])):
+        code, _, errors = finish(home, "--workdir", tmp_path / folder, *changes, *more)
+        assert code == 0, errors
+    assert records(tmp_path / "killed", "train") == records(tmp_path / "whole", "train")
+    assert len(records(tmp_path / "whole", "train")) == 20
+    (arrays, documents), (expected, theirs) = (checkpoint(tmp_path / name, 20) for name in ("killed", "whole"))
+    assert_same_arrays(arrays, expected)
+    assert documents["data"] == theirs["data"]
 
 
 @pytest.mark.slow

@@ -25,9 +25,10 @@ from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.mesh import ParallelConfig, make_mesh
 from deepseek_jax.parallel.pipeline.generators import make_schedule
 from deepseek_jax.parallel.pipeline.text import to_text
-from deepseek_jax.parallel.placement import ParameterLayout, place
+from deepseek_jax.parallel.placement import KINDS, ParameterLayout, place
 from deepseek_jax.training import canonical, loop, start
 from deepseek_jax.training.checkpoint import CheckpointStore
+from deepseek_jax.training.empty_slots import empty_slots
 from deepseek_jax.training.experiment import CheckpointConfig, EvaluationConfig, Experiment
 from deepseek_jax.training.finish import GREEDY
 from deepseek_jax.training.init_from import first_state
@@ -35,6 +36,7 @@ from deepseek_jax.training.progress import human_count
 from deepseek_jax.training.schedules import Curve, Phase
 from deepseek_jax.training.step import Trainer, TrainState
 from deepseek_jax.training.step_config import step_config
+from deepseek_jax.tree import flatten
 from experiments import run
 from tools import convert
 
@@ -131,6 +133,39 @@ def test_a_run_says_how_its_pipeline_is_laid_out(whole):
     assert saved["parameters"] == trained - biases
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"pipe": 2, "expert": 2},
+        {"pipe": 2, "data": 2, "schedule": "dualpipe_v"},
+        {"pipe": 4, "node": 2, "schedule": "zb_h1", "zero": False},
+    ],
+    ids=lambda layout: layout.get("schedule", "dualpipe"),
+)
+def test_the_memory_of_padding_is_that_of_the_zeros_in_real_stacks(runs, layout):
+    """State: masters and two moments of two bytes; in a step: weights and gradients, of both directions' stages."""
+    trainer = loop.make_trainer(laid_out(runs, **layout))
+
+    def zeros(of: ParameterLayout) -> np.ndarray:
+        """Per rank, on one of its devices, where every weight of a layer is one."""
+        ones = {n: jax.device_put(np.ones(like.shape, np.float32), like.sharding) for n, like in of.canonical().items()}
+        found = np.zeros(trainer.mesh.shape["pipe"], int)
+        for name, array in flatten(of.stack(ones)).items():
+            if name.split(".")[0] in KINDS:
+                shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+                found += [int((np.asarray(shards[rank]) == 0).sum()) for rank in range(len(found))]
+        return found
+
+    weights, biases = trainer.params_layout, zeros(trainer.bias_layout)
+    state = 8 * zeros(weights) + 4 * biases
+    working = 8 * zeros(dataclasses.replace(weights, zero=False)) + 4 * biases
+    if "schedule" not in layout:
+        working += working[::-1]
+    worst = int(np.argmax(state + working))
+    assert empty_slots(trainer) == (state[worst], working[worst])
+    assert state[worst] > 0
+
+
 def test_the_steps_are_those_of_one_device(runs, whole):
     """Losses, and the loads of every layer in order: empty microbatches change nothing."""
     folder = runs.root / "one"
@@ -172,7 +207,7 @@ def test_a_folder_that_was_exported_from_a_pipeline_run_loads(runs, whole):
 LAYOUTS = (
     {"pipe": 4, "expert": 2, "schedule": "zb_h1"},
     {"data": 2},
-    {"pipe": 2, "data": 2, "expert": 2, "schedule": "dualpipe_v"},
+    {"pipe": 2, "data": 2, "schedule": "dualpipe_v"},
     {"pipe": 2, "node": 2, "schedule": "interleaved_one_f_one_b", "zero": False},
 )
 
@@ -264,8 +299,14 @@ REFUSED = [
     (["schedule=ranks.txt"], "ranks.txt is for 4 pipeline ranks, parallel.pipe is 2"),
     # Stages that cannot be.
     (["pipe=8", "expert=1", "schedule=gpipe"], "8 stages are more than the model's 4 layers"),
-    (["layers_per_stage=2,3"], "parallel.layers_per_stage=(2, 3) is for 2 stages with 5 layers; needed are 2 with the model's 4"),
-    (["layers_per_stage=1,1,2"], "parallel.layers_per_stage=(1, 1, 2) is for 3 stages with 4 layers; needed are 2 with the model's 4"),
+    (
+        ["layers_per_stage=2,3"],
+        "parallel.layers_per_stage=(2, 3) is for 2 stages with 5 layers; needed are 2 with the model's 4",
+    ),
+    (
+        ["layers_per_stage=1,1,2"],
+        "parallel.layers_per_stage=(1, 1, 2) is for 3 stages with 4 layers; needed are 2 with the model's 4",
+    ),
     (["data=3"], "the mesh pipe 2 x data 3 x node 1 x expert 2 needs 12 devices, there are 8"),
     # Batches that it cannot have.
     (

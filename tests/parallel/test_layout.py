@@ -77,7 +77,7 @@ def test_initial_values_follow_the_declarations(drawn):
 def test_v3_in_sixteen_stages():
     """Two dense layers at most and four slots for the others: the shortest tick, and of its kind the least memory."""
     placement = place(zoo.deepseek_v3(), stage_map=StageMap("bidirectional", 16))
-    assert placement.slots["dense"][:3] == (("layers.0", None), ("layers.1", "layers.2"), (None, None))
+    assert placement.slots["dense"][:3] == (("layers.0", "layers.1"), ("layers.2", None), (None, None))
     assert {kind: placement.size(kind) for kind in KINDS} == {"dense": 2, "moe": 3, "mtp": 1}
     occupied = placement.occupied()
     assert (occupied["moe"].sum(axis=1) + occupied["mtp"].sum(axis=1)).tolist() == [0, 3, *[4] * 14]
@@ -89,7 +89,7 @@ def test_v3_in_sixteen_stages():
 
 def test_stages_must_hold_every_layer():
     with pytest.raises(
-        ConfigError, match=r"layers_per_stage=\\(3, 2\\) is for 2 stages with 5 layers; needed are 2 with the model's 3"
+        ConfigError, match=r"layers_per_stage=\(3, 2\) is for 2 stages with 5 layers; needed are 2 with the model's 3"
     ):
         place(small(), (3, 2))
     with pytest.raises(ConfigError, match="4 stages are more than the model's 3 layers"):

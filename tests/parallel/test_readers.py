@@ -57,6 +57,10 @@ def test_shares_that_overlap_in_part_are_refused_in_one_line():
         "same parts or none in common, and as many: let parallel.data x node x expert be a multiple or a divisor of "
         "each process's devices"
     )
+    uneven = mesh(1, 4, 1, 1, processes=2)
+    uneven.devices.flat[1].process_index = 1
+    with pytest.raises(ConfigError, match=r"of its 4 parts they have 0, 1-3, and two must"):
+        reader_of(uneven, 0)
 
 
 def test_rows_reach_the_devices_of_their_shards():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from deepseek_jax.tree import flatten
 MESH = AbstractMesh((2, 4, 1), ("a", "b", "c"), axis_types=(AxisType.Auto,) * 3)
 
 
-def found(function, *shapes, dtype=jnp.float32) -> tuple[Collective, ...]:
+def found(function, *shapes, dtype=jnp.float32, shares=None) -> tuple[Collective, ...]:
     """The collectives of per-device code on arrays of these global shapes, split eight ways."""
     split = jax.shard_map(
         lambda *arrays: to_varying(function(*arrays), ("a", "b", "c")),
@@ -35,7 +36,7 @@ def found(function, *shapes, dtype=jnp.float32) -> tuple[Collective, ...]:
         in_specs=tuple(P(("a", "b")) for _ in shapes),
         out_specs=P(("a", "b", "c")),
     )
-    return collectives(jax.make_jaxpr(split)(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)))
+    return collectives(jax.make_jaxpr(split)(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)), shares)
 
 
 def one(*arguments, **settings) -> Collective:
@@ -178,7 +179,7 @@ def step_of(
     settings = {"microbatch_rows": ROWS, "compute_dtype": jnp.bfloat16} | settings
     trainer = Trainer(
         Transformer(config),
-        place(config, stages=pipe),
+        place(config, stage_map=parallel.schedule_choice.stage_map),
         abstract_mesh(parallel),
         gradient_descent,
         StepConfig(**settings),
@@ -267,17 +268,33 @@ def test_without_experts_on_other_devices_no_token_travels():
 
 
 def test_a_split_vocabulary_is_summed_over_pipe():
-    """Once a microbatch and use of the embedding, and of the head for the gradient of what it reads."""
+    """In the ticks that the table names. The embedding once a microbatch, and again where it is differentiated; both
+    its gradients and both hidden states, of the model and of its MTP module, once from the rank that has them; and the
+    gradient of what the head reads, for both losses."""
     counted: collections.Counter = collections.Counter()
-    for one in step_of(pipe=2, expert=1)[1]:
-        if one.axes == ("pipe",) and one.input_bytes >= LENGTH * 24 * 2:
-            counted[one.phase] += one.calls
-    assert counted == {"forward": 2 * 2, "backward": 2 * 2}
+    for one in step_of(pipe=2, expert=1, schedule="one_f_one_b")[1]:
+        if one.kind == "all_reduce" and one.axes == ("pipe",) and one.input_bytes >= LENGTH * 24 * 2:
+            counted[one.purpose] += one.calls
+    assert counted == {"lookup": 2 * 2, "embed_gradient": 2 * 2, "head": 2 * 2, "cross_entropy": 2 * 2}
+
+
+def test_conditionals_count_as_often_as_they_are_taken():
+    """Those of one tick of three, named by their scope."""
+
+    def ticks(x):
+        def tick(x, taken):
+            with jax.named_scope("F"):
+                return lax.cond(taken, lambda x: to_varying(lax.psum(x, "a"), ("a",)), lambda x: x, x), None
+
+        return lax.scan(tick, x, jnp.array([True, False, False]))[0]
+
+    assert one(ticks, (32,)).calls == 3
+    assert one(ticks, (32,), shares={"F": Fraction(1, 3)}).calls == 1
 
 
 def test_every_collective_of_a_step_says_what_it_is_for():
     """By `jax.named_scope`, which profiles show too."""
-    for settings in ({}, {"node": 2, "expert": 2}, {"pipe": 2, "expert": 1}):
+    for settings in ({}, {"node": 2, "expert": 2}, {"pipe": 2, "expert": 1, "microbatches": 4}):
         assert [one for one in step_of(**settings)[1] if not one.purpose] == []
 
 

@@ -72,22 +72,28 @@ def test_every_array_is_split_as_the_state_says(table):
     assert sorted(row.master_bytes for row in table.rows) == by_bytes
     rows = {row.name: row for row in table.rows}
     experts = rows["moe.ffn.experts.gate_up"]
-    assert experts.shape == (16, 4, 256, 7168, 4096)
+    assert experts.shape == (16, 3, 256, 7168, 4096), "the fourth is in the tail"
+    assert rows["mtp.block.ffn.experts.gate_up"].shape == (16, 1, 256, 7168, 4096)
     assert experts.partition == (("pipe",), (), ("node", "expert"), ("data",), ())
     assert experts.copy_partition == (("pipe",), (), ("node", "expert"), (), ())
-    assert experts.master_bytes == 4 * 4 * (256 // 64) * 7168 // 2 * 4096
+    assert experts.master_bytes == 4 * 3 * (256 // 64) * 7168 // 2 * 4096
     assert experts.moment_bytes == experts.master_bytes, "two of two bytes"
-    assert experts.copy_bytes == 2 * 4 * (256 // 64) * 7168 * 4096
+    assert experts.copy_bytes == 2 * 2 * 3 * (256 // 64) * 7168 * 4096, "of both stages that DualPipe works on"
     assert experts.gradient_bytes == 2 * experts.copy_bytes
     head = rows["head.weight"]
     assert head.partition == (("data", "node", "expert"), ("pipe",))
     assert head.copy_bytes == 2 * 7168 * 129_280 // 16
     router = rows["moe.ffn.router.weight"]
-    assert (router.copy_dtype, router.copy_bytes) == ("float32", 4 * 4 * 7168 * 256), "gathered in full precision"
+    assert (router.copy_dtype, router.copy_bytes) == ("float32", 2 * 4 * 3 * 7168 * 256), "gathered in full precision"
     norm = rows["final_norm.scale"]
     assert (norm.copy_bytes, norm.gradient_bytes, norm.partition) == (0, 4 * 7168, ((),)), "used as it is"
     bias = rows["moe.ffn.router.bias"]
-    assert (bias.master_bytes, bias.moment_bytes, bias.copy_bytes, bias.gradient_bytes) == (4 * 4 * 256, 0, 0, 0)
+    assert (bias.master_bytes, bias.moment_bytes, bias.copy_bytes, bias.gradient_bytes) == (
+        4 * 3 * 256,
+        0,
+        2 * 3 * 4 * 256 // 2,
+        0,
+    )
 
 
 def test_master_and_moments_are_those_of_zero(table):
@@ -130,13 +136,13 @@ def test_expert_weights_are_summed_over_their_copies_alone(table):
 
 
 def test_a_token_is_sent_across_once_to_each_of_four_nodes(table):
-    """Section 2.1.2: 4 nodes of 8. Room for 1.5 times that, of which 7/8 leave; 5 layers, 120 microbatches of 4096."""
+    """Section 2.1.2: 4 nodes of 8. Room for 1.5 times that, of which 7/8 leave; 4 slots, 120 microbatches of 4096."""
     sent = sum(
         one.bytes_sent
         for one in table.collectives
         if (one.axes, one.purpose, one.phase) == (("node",), "combine", "forward")
     )
-    assert sent == 5 * 120 * 4096 * 4 * 1.5 * 7 / 8 * 7168 * 2
+    assert sent == 4 * 120 * 4096 * 4 * 1.5 * 7 / 8 * 7168 * 2
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -163,8 +169,8 @@ def test_what_is_printed(table):
     rows = {row[0]: row[1:] for row in cells(text, "parameter")}
     assert len(rows) == len(table.rows)
     assert rows["moe.ffn.experts.down"] == [
-        "[16, 4, 256, 2048, 7168]", "pipe, –, node·expert, –, data", "bfloat16", "pipe, –, node·expert, –, –",
-        "470", "470", "470", "940",
+        "[16, 3, 256, 2048, 7168]", "pipe, –, node·expert, –, data", "bfloat16", "pipe, –, node·expert, –, –",
+        "352", "352", "705", "1,409",
     ]  # fmt: skip
     each = re.search(
         r"Each device: master (.*), moments (.*), working copy (.*), gradient (.*), together (.*) GB", text
@@ -175,15 +181,17 @@ def test_what_is_printed(table):
     assert shown == pytest.approx([*exact, sum(exact)], rel=5e-3)
     assert "Theory: 8 bytes a parameter" in text
     exchanges = {tuple(row[:4]): row[4:6] for row in cells(text, "what for")}
-    assert exchanges["combine", "forward", "all_to_all", "node"] == ["8", "600"]
-    assert text.splitlines()[-1].startswith("Each of the 16 stages is traced as if it ran its own slots alone")
+    assert exchanges["combine", "forward", "all_to_all", "node"] == ["8", "480"]
+    assert text.splitlines()[-1].startswith(
+        "What stages and the model's two ends send is counted as often as the schedule"
+    )
 
 
 def test_more_devices_are_more_replicas(capsys):
     code, out, _ = call(capsys, "tiny.pretrain", "--devices", "8", "--set", "parallel.expert=4")
     assert code == 0
     assert out.startswith("Mesh: pipe 1 x data 2 x node 1 x expert 4 = 8 devices\n")
-    assert "stages is traced" not in out
+    assert "What stages" not in out
     assert "empty, because" not in out
 
 
@@ -205,7 +213,8 @@ def test_the_table_is_written_for_programs(tmp_path, capsys):
         (["v3.pretrain", "--devices", "100"], "100 devices are no multiple of 1024, which pipe 16 x node 8 x expert 8"),
         (["v3.pretrain", "--devices", "0"], "0 devices are no multiple of 1024"),
         (["v3.pretrain", "--set", "parallel.expert=7"], "256 experts cannot be split evenly over 56 devices"),
-        (["v3.pretrain", "--set", "parallel.pipe=3"], "model.vocab_size=129280 does not split evenly over parallel.pi"),
+        (["v3.pretrain", "--set", "parallel.pipe=3"], "dualpipe needs an even number of ranks, not 3: use 2 or 4"),
+        (["v3.pretrain", "--set", "parallel.pipe=6"], "model.vocab_size=129280 does not split evenly over parallel.pi"),
         (["v3.pretrain", "--set", "parallel.pipe=64"], "64 stages are more than the model's 61 layers"),
         (
             ["v3.pretrain", "--set", "parallel.node=16", "--set", "parallel.expert=4"],
@@ -259,4 +268,6 @@ def test_a_machine_of_fewer_devices_is_refused_in_one_line(tmp_path, capsys):
     from experiments import run
 
     assert run.main(["v3.pretrain", "--workdir", str(tmp_path / "run")]) != 0
-    assert re.fullmatch(r"error: the mesh pipe 16 x data 2 x node 8 x expert 8 needs 2048 devices, [^\n]*\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        r"error: the mesh pipe 16 x data 2 x node 8 x expert 8 needs 2048 devices, [^\n]*\n", capsys.readouterr().err
+    )

@@ -17,7 +17,6 @@ Each measurement runs in a process of its own.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import datetime
 import importlib.metadata
@@ -29,13 +28,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
 
-from deepseek_jax.config import AttentionConfig, ConfigError, ModelConfig, MoEConfig
+from deepseek_jax.config import AttentionConfig, ModelConfig, MoEConfig
 from experiments.run import prepare_environment
 from tools.bench.common import machine
 
@@ -335,7 +334,12 @@ def measure_memory(ranks: str, microbatches: str, schedule: str, overlap: str) -
     config = memory_model(int(ranks))
     mesh = h200_mesh(ParallelConfig(pipe=int(ranks), schedule=schedule))
     trainer = make_trainer(
-        config, pipe=int(ranks), schedule=schedule, devices=list(mesh.devices.flat), overlap=overlap, recompute="selective"
+        config,
+        pipe=int(ranks),
+        schedule=schedule,
+        devices=list(mesh.devices.flat),
+        overlap=overlap,
+        recompute="selective",
     )
     plan = lowered(trainer, int(microbatches), 1024).compile().memory_analysis()
     tables = make_tables(trainer.schedule.make(int(microbatches)))
@@ -378,7 +382,7 @@ def stage_bytes(trainer, shape: tuple[int, int]):
                 residual=size(shapes.residual),
                 stash=size(shapes.stash),
                 weights=size(run.weights[0]),
-                gradients=size(totals.stacks[0]),
+                gradients=size(totals.stacks) // schedule.stages.slots,
                 ends=size(run.ends),
                 ends_gradients=size((totals.ends, totals.shared)),
                 layer=layer * jax.tree.leaves(shapes.out.x)[0].dtype.itemsize,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -51,12 +51,12 @@ def scan_needs(scan: Scan, used: Sequence[bool]) -> tuple[list[bool], list[bool]
         carried = more
 
 
-def pruned(ops: Sequence[Op], wanted: Iterable[Value]) -> list[Op]:
-    """The equations that the wanted values need, and of loops and branches no more than they need."""
+def pruned(ops: Sequence[Op], wanted: Iterable[Value], given: Collection[Variable] = ()) -> list[Op]:
+    """The equations that the wanted values need besides those given, and of loops and branches no more than that."""
     kept: list[Op] = []
     needed = {value for value in wanted if isinstance(value, Variable)}
     for op in reversed(ops):
-        used = [output in needed for output in op.outputs]
+        used = [output in needed and output not in given for output in op.outputs]
         if any(used):
             kept.append(restricted(op, used))
             needed.update(value for value in kept[-1].inputs if isinstance(value, Variable))

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -166,6 +167,24 @@ _RING_OF = {
     "dx_from_self": "gradient",
 }
 """The ring whose rows a column names."""
+
+
+def work_shares(tables: TickTables, *, steady: bool) -> dict[str, Fraction]:
+    """Of the ticks that a program runs with conditionals, the share in which each is taken, on the busiest rank.
+
+    Args:
+      tables: of the schedule.
+      steady: whether the steady ticks have a body of their own.
+
+    Returns shares for `F`, `B`, `W` and the ends.
+    """
+    known = tables.steady if steady else None
+    span = slice(known.start, known.end) if known else slice(0)
+    generic = {name: np.delete(column, np.r_[span], axis=0) for name, column in tables.columns.items()}
+    count = max(len(generic["f_slot"]), 1)
+    shares = {kind: int((generic[f"{kind.lower()}_slot"] >= 0).sum(axis=0).max()) for kind in "FBW"}
+    shares |= {name: int((generic[name] >= 0).any(axis=1).sum()) for name in END_COLUMNS}
+    return {name: Fraction(taken, count) for name, taken in shares.items()}
 
 
 class _Interval(NamedTuple):

@@ -155,7 +155,7 @@ class _Run:
             stacks, shared = self._added(totals.stacks, totals.shared, known.phase_b, weights)
             stash, totals = [], totals._replace(stacks=stacks, shared=shared)
         else:
-            done = self._when(at["f_slot"] >= 0, known, lambda: self._forward(*forward()))
+            done = self._when("F", at["f_slot"] >= 0, known, lambda: self._forward(*forward()))
             dx, stash, totals = (
                 self._backward(rings, backward, totals, at, known) if self.trains else (None, [], totals)
             )
@@ -169,11 +169,16 @@ class _Run:
         totals = self._embed_gradient(totals, dx, at, known)
         return rings, Made(out.hidden, residual, stash, x, self.post.send("dx", dx, known and known.dx_sends)), totals
 
-    def _when(self, predicate: jax.Array, known: Tick | bool | None, run: Callable[[], Any]) -> Any:
-        """`run()`, or zeros where the predicate is false; in a steady tick it is known what it is."""
-        return self._adding(predicate, known, lambda *_: (run(), ()), ())[0]
+    def _when(self, name: str, predicate: jax.Array, known: Tick | bool | None, run: Callable[[], Any]) -> Any:
+        """`run()`, or zeros where the predicate is false; in a steady tick it is known what it is.
 
-    def _adding(self, predicate: jax.Array, known: Tick | bool | None, run: Callable[..., Any], sums: tuple) -> Any:
+        The name, a key of `tables.work_shares`, is the scope of the conditional.
+        """
+        return self._adding(name, predicate, known, lambda *_: (run(), ()), ())[0]
+
+    def _adding(
+        self, name: str, predicate: jax.Array, known: Tick | bool | None, run: Callable[..., Any], sums: tuple
+    ) -> Any:
         """The same of `run(*sums) -> (result, sums with what it added)`.
 
         Sums that nothing else in the tick reads go through the conditional: XLA adds to them in place, where zeros from
@@ -185,7 +190,8 @@ class _Run:
         shapes, _ = jax.eval_shape(checked, *sums)
         if known is False:
             return zeros(shapes), sums
-        return lax.cond(predicate, checked, lambda *sums: (zeros(shapes), sums), *sums)
+        with jax.named_scope(name):
+            return lax.cond(predicate, checked, lambda *sums: (zeros(shapes), sums), *sums)
 
     # --- F, B, W ---
 
@@ -223,9 +229,9 @@ class _Run:
                 dx, weights = split.gradients(*of_b())
                 return dx, self._added(stacks, shared, phase, weights)
 
-            dx, (stacks, shared) = self._adding(at["b_slot"] >= 0, known, both, (totals.stacks, totals.shared))
+            dx, (stacks, shared) = self._adding("B", at["b_slot"] >= 0, known, both, (totals.stacks, totals.shared))
             return dx, [], totals._replace(stacks=stacks, shared=shared)
-        dx, stash = self._when(at["b_slot"] >= 0, None, lambda: split.input_gradient(*of_b()))
+        dx, stash = self._when("B", at["b_slot"] >= 0, None, lambda: split.input_gradient(*of_b()))
 
         def weight_gradient(stacks: Tree, shared: Tree):
             phase = self.phases.of(at["w_slot"])
@@ -236,7 +242,7 @@ class _Run:
             return (), self._added(stacks, shared, phase, weights)
 
         sums = (totals.stacks, totals.shared)
-        _, (stacks, shared) = self._adding(at["w_slot"] >= 0, None, weight_gradient, sums)
+        _, (stacks, shared) = self._adding("W", at["w_slot"] >= 0, None, weight_gradient, sums)
         return dx, stash, totals._replace(stacks=stacks, shared=shared)
 
     def _added(self, stacks: Tree, shared: Tree, phase: Phase, weights: Tree) -> tuple[Tree, Tree]:
@@ -263,16 +269,14 @@ class _Run:
     def _embed(self, at: dict, known: Tick | None) -> tuple[Streams, ...]:
         """Per direction what its first stage reads in this tick."""
 
-        @jax.named_scope("embed")
         def run() -> tuple[Streams, ...]:
             return parted(self.model.embed(self.ends, self._microbatches(at["embed"])), self.stages.directions)
 
-        return self._when((at["embed"] >= 0).any(), known and known.embed, run)
+        return self._when("embed", (at["embed"] >= 0).any(), known and known.embed, run)
 
     def _head(self, rings: Rings, totals: Totals, at: dict, known: Tick | None) -> tuple[tuple, Totals]:
         """Per direction the cotangents of its last stage's hidden states, and totals with the loss."""
 
-        @jax.named_scope("head")
         def run(total: jax.Array, sums: dict, of_ends: Tree):
             hidden = self._from_stage(self.stages.stages - 1, take(rings.output, at["b_output"]), at["head"])
             batch = self._microbatches(at["head"])
@@ -286,11 +290,10 @@ class _Run:
             return parted(cotangents, self.stages.directions), (total + value, add(sums, more), of_ends)
 
         sums = (totals.loss, totals.sums, totals.ends)
-        cotangents, sums = self._adding((at["head"] >= 0).any(), known and known.head, run, sums)
+        cotangents, sums = self._adding("head", (at["head"] >= 0).any(), known and known.head, run, sums)
         return cotangents, totals._replace(**dict(zip(("loss", "sums", "ends"), sums, strict=True)))
 
     def _embed_gradient(self, totals: Totals, dx: Streams, at: dict, known: Tick | None) -> Totals:
-        @jax.named_scope("embed_gradient")
         def run(ends: Tree):
             cotangents = self._from_stage(0, dx, at["embed_gradient"])
             batch = self._microbatches(at["embed_gradient"])
@@ -298,7 +301,7 @@ class _Run:
             return (), (add(ends, gradient),)
 
         wanted = (at["embed_gradient"] >= 0).any()
-        _, (ends,) = self._adding(wanted, known and known.embed_gradient, run, (totals.ends,))
+        _, (ends,) = self._adding("embed_gradient", wanted, known and known.embed_gradient, run, (totals.ends,))
         return totals._replace(ends=ends)
 
     def _from_stage(self, stage: int, mine: Any, microbatches: jax.Array) -> Any:
