@@ -34,10 +34,10 @@ class ParallelConfig:
     dualpipe, dualpipe_v, or a text file of one's own that ends in .txt. With pipe 1 it does not matter."""
     chunks: int | None = None
     """Stages of each rank under interleaved_one_f_one_b; 2 where left out."""
-    overlap: Literal["none", "steady", "braid"] | None = None
+    overlap: Literal["off", "steady", "braid"] | None = None
     """How the ticks are run in which every pipeline rank does a forward and a backward: like all others; by a body of
     their own without conditionals, so that a compiler can hide the exchanges of one under the other's compute; or with
-    the equations of both interleaved layer by layer. The last two compile longer. None: braid, but none on a CPU."""
+    the equations of both interleaved layer by layer. The last two compile longer. None: braid, but off on CPUs."""
     layers_per_stage: tuple[int, ...] | None = None
     """Main-model layers of each pipeline stage; none: balanced by what they cost."""
     dispatcher: Literal["local", "all_to_all", "two_hop", "ragged"] | None = None
@@ -71,8 +71,8 @@ class ParallelConfig:
             f"parallel.layers_per_stage must be positive numbers of layers, not {self.layers_per_stage}",
         )
         require(
-            self.overlap in (None, "none", "steady", "braid"),
-            f"parallel.overlap must be none, steady or braid, not {self.overlap!r}",
+            self.overlap in (None, "off", "steady", "braid"),
+            f"parallel.overlap must be off, steady or braid, not {self.overlap!r}",
         )
         known = ("local", "all_to_all", "two_hop", "ragged")
         require(

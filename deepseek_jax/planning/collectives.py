@@ -79,10 +79,10 @@ def collectives(program: Any, shares: Mapping[str, Fraction] | None = None) -> t
 
     Args:
       program: the jaxpr.
-      shares: by the name of the innermost scope of a `cond`, how often it is taken; default: always.
+      shares: by the name of the innermost scope of a `cond` or a while loop, how often it is taken; default: always.
 
     Raises:
-      ValueError: a collective in a while loop, which says nowhere how often it runs.
+      ValueError: a collective in another while loop, which says nowhere how often it runs.
     """
     counts: dict[Collective, Fraction] = {}
     for one, calls in _walk(program, {}, "", shares or {}):
@@ -114,10 +114,12 @@ def _walk(
             inner = params["mesh"].shape if primitive == "shard_map" else sizes
             parts = [part for value in params.values() for part in _jaxprs(value)]
             found = [pair for part in parts for pair in _walk(part, inner, stack, shares)]
+            times: Fraction | int = params["length"] if primitive == "scan" else 1
             if found and primitive == "while":
                 first = found[0][0]
-                raise ValueError(f"{first.kind} over {first.axes} in a while loop: how often it runs is not known")
-            times = params["length"] if primitive == "scan" else 1
+                if (scope := _purpose(stack)) not in shares:
+                    raise ValueError(f"{first.kind} over {first.axes} in a while loop: how often it runs is not known")
+                times = shares[scope]
             yield from ((one, calls * times) for one, calls in found)
 
 

@@ -1,7 +1,7 @@
 """A compiled program read back from its text: its computations, loops, conditionals, copies, collectives and FLOPs.
 
-`compiled.as_text()` is the program that a device runs, after every optimization: what the compiler made of a step can be
-counted there, and nowhere else. Instructions come in the order in which they are scheduled.
+`compiled.as_text()` is the program that a device runs, after every optimization: what the compiler made of a step can
+be counted there, and nowhere else. Instructions come in the order in which they are scheduled.
 
     program = read_program(compiled.as_text())
     flops(program)
@@ -162,7 +162,8 @@ def read_program(text: str) -> CompiledProgram:
       ValueError: it has no entry.
     """
     computations: dict[str, Computation] = {}
-    entry, name, lines = "", "", []
+    entry = name = ""
+    lines: list[Instruction] = []
     for line in text.splitlines():
         if not line.startswith(" ") and (head := _HEAD.match(line)):
             name, lines = head[2], []

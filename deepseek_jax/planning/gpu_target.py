@@ -10,6 +10,14 @@ from deepseek_jax.parallel.mesh import ParallelConfig, mesh_of
 
 DEVICES_PER_HOST = 8
 
+LATENCY_HIDING = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    # A forward pass and a backward pass, each over two kinds of links; by default one exchange at a time.
+    "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
+}
+"""Compiler options that let exchanges run beside compute and beside each other. XLA's scheduler gives up
+hiding them where a program does not fit the device's memory."""
+
 H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024

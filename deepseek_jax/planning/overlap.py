@@ -55,7 +55,7 @@ class Speeds:
     """Bytes per second that a device sends to other nodes: one InfiniBand NIC of 400 Gb/s."""
     devices_per_node: int = 8
     fill: float = 2 / 3
-    """The part of a buffer of rows for experts that is used, 1 / `parallel.capacity`: how far loops over its blocks go."""
+    """The part of a buffer of rows for experts that is used, 1 / `parallel.capacity`: how far loops over it go."""
 
 
 class Span(NamedTuple):
@@ -118,7 +118,7 @@ class Replay:
     def _inner(self, here: Computation, one: Instruction) -> Span:
         if one.opcode == "while":
             body, turns = self.program.body(one), self._turns(one)
-            if one.trips is None and self._blocks(body, rows=True) is None:
+            if one.trips is None and not self._is_work(body) and self._blocks(body, rows=True) is None:
                 # Attention, block by block: as one kernel does it, with no scores in memory.
                 seconds = turns * flops(self.program, body) / (self.speeds.flops * self.speeds.efficiency)
                 return Span(seconds, seconds, 0.0, 0.0)
@@ -133,13 +133,16 @@ class Replay:
     def _turns(self, loop: Instruction) -> float:
         """How often a loop turns.
 
-        Where only the data says, it goes over blocks. Those of a buffer of rows for experts: as far as that is filled,
-        and evenly for each turn of the loop around it, which is over experts; of loops over blocks of several sizes, the
-        largest do it all. Those of a sequence's keys: half of them, since attention is causal.
+        One whose number of turns only the data says, and that holds loops, branches or exchanges, is work that a table
+        may leave out: it turns once. Any other goes over blocks. Those of a buffer of rows for experts: as far as that
+        is filled, and evenly for each turn of the loop around it, which is over experts; of loops over blocks of
+        several sizes, the largest do it all. Those of a sequence's keys: half of them, since attention is causal.
         """
         if loop.trips is not None:
             return loop.trips
         body = self.program.body(loop)
+        if self._is_work(body):
+            return 1.0
         rows, keys = self._blocks(body, rows=True), self._blocks(body, rows=False)
         if rows is None:
             return 1.0 if keys is None else keys[0] / keys[1] / 2
@@ -148,6 +151,11 @@ class Replay:
         if any(other and other[0] == rows[0] and other[1] > rows[1] for other in others):
             return 0.0
         return self.speeds.fill * rows[0] / rows[1] / around
+
+    def _is_work(self, body: str) -> bool:
+        """Whether a loop's body holds loops, branches or exchanges."""
+        kinds = ("while", "conditional", *EXCHANGES, *PERMUTES, *SUMS)
+        return any(one.kind in kinds for _, one in self.program.inside(body))
 
     def _blocks(self, body: str, *, rows: bool) -> tuple[int, int] | None:
         """Length of the largest array that a loop reads or writes a block of in each turn, and the block's: of rows
@@ -233,7 +241,8 @@ def replica_group(attributes: str) -> tuple[int, ...] | None:
         return tuple(int(n) for n in found[1].split(","))
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
         groups, dims, order = (tuple(int(n) for n in part.split(",")) if part else None for part in found.groups())
-        assert groups is not None and dims is not None
+        assert groups is not None
+        assert dims is not None
         devices = np.arange(math.prod(dims)).reshape(dims)
         devices = devices if order is None else devices.transpose(order)
         return tuple(int(n) for n in devices.reshape(groups)[0])

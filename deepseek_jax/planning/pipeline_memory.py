@@ -35,7 +35,7 @@ class PipelineMemory:
     """Bytes of a device besides its state: masters, moments and the batch."""
 
     rings: int
-    """What waits between ticks, scratch rows and what the last tick made included."""
+    """What waits between ticks, scratch rows and what the last tick received included."""
     copies: int
     """Working copies of the weights of all slots, and of the ends."""
     gradients: int
@@ -55,8 +55,8 @@ def pipeline_memory(tables: TickTables, stage: StageBytes) -> PipelineMemory:
     rows = tables.rings
     sides = sum(tables.directions_of_x), sum(tables.directions_of_dx)
     waiting = (rows.activation + 1 + sides[0]) * stage.x + (rows.gradient + 1 + sides[1]) * stage.x
-    waiting += (rows.output + 2) * stage.output + (rows.residual + 2) * stage.residual
-    waiting += (rows.stash + 2) * stage.stash if rows.stash else 0
+    waiting += (rows.output + 2) * stage.output + (rows.residual + 1) * stage.residual
+    waiting += (rows.stash + 1) * stage.stash if rows.stash else 0
     slots = tables.schedule.stages.slots
     return PipelineMemory(
         rings=waiting,

@@ -19,21 +19,31 @@ _LARGE = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
+class LayerLoop:
+    """A loop over layers inside a tick."""
+
+    turns: int | None
+    chains: tuple[int, ...]
+    """Exchanges of a turn, as groups of which no one needs a result of another, in any number of turns: in one group
+    those of a forward pass or of a backward pass, in two those of both, laid beside each other."""
+    span: Span
+    """Of all turns, replayed."""
+
+
+@dataclasses.dataclass(frozen=True)
 class TickLoop:
     """One loop over ticks."""
 
     name: str
     turns: int | None
-    forward: int
-    """Exchanges of forward passes in a turn, as they stand in the program; a loop over layers counts once."""
-    backward: int
-    """The same of backward passes, those that are computed again included."""
-    dependent: int
-    """Pairs of one of each of which one needs the other's result in the same turn."""
+    exchanges: int
+    """Of MoE layers, as they stand in the program: a loop over layers counts once."""
+    layer_loops: tuple[LayerLoop, ...]
+    """Those with exchanges."""
     conditionals: dict[str, int]
     """By what they are for (the last words of jax's stack of names)."""
     around_exchanges: int
-    """Conditionals that hold an exchange."""
+    """Conditionals, and loops of one turn or none, that hold an exchange."""
     sums: int
     """All-reduces."""
     ring_copies: tuple[str, ...]
@@ -67,32 +77,28 @@ def _top(program: CompiledProgram, name: str) -> Iterator[Instruction]:
 def _tick_loop(program: CompiledProgram, loop: Instruction, ring_rows: Collection[int], replay: Replay) -> TickLoop:
     body = program.body(loop)
     inside = [one for _, one in program.inside(body)]
-    exchanges = [one for one in inside if one.kind in EXCHANGES and not one.opcode.endswith("-done")]
-    backward = {one.name for one in exchanges if is_backward(one)}
-    forward = {one.name for one in exchanges} - backward
-    needing = (
-        exchanges_that_need(program, body, forward) & backward,
-        exchanges_that_need(program, body, backward) & forward,
-    )
     conditionals = [one for one in inside if one.opcode == "conditional"]
+    optional = [one for one in inside if one.opcode == "while" and one.trips is None]
     rings = {array for array in loop.arrays if array.dims and array.dims[0] in ring_rows and array.bytes >= _LARGE}
+    layers = [one for one in inside if one.opcode == "while" and one.trips and program.holds(one, EXCHANGES)]
     return TickLoop(
         name=loop.name,
         turns=loop.trips,
-        forward=len(forward),
-        backward=len(backward),
-        dependent=sum(map(len, needing)),
+        exchanges=sum(map(_begins, inside)),
+        layer_loops=tuple(
+            LayerLoop(one.trips, chains(program, one), replay.span(program.body(one)).times(one.trips or 1))
+            for one in layers
+        ),
         conditionals=dict(collections.Counter(map(_purpose, conditionals)).most_common()),
-        around_exchanges=sum(program.holds(one, EXCHANGES) for one in conditionals),
+        around_exchanges=sum(program.holds(one, EXCHANGES) for one in (*conditionals, *optional)),
         sums=sum(one.kind == "all-reduce" and not one.opcode.endswith("-done") for one in inside),
         ring_copies=tuple(one.name for one in copies_of(program, body, rings)),
         span=replay.span(body),
     )
 
 
-def is_backward(one: Instruction) -> bool:
-    """Whether jax's stack of names says that an instruction is of a backward pass."""
-    return "transpose(" in one.op_name or "rematted_computation" in one.op_name
+def _begins(one: Instruction) -> bool:
+    return one.kind in EXCHANGES and not one.opcode.endswith("-done")
 
 
 def _purpose(conditional: Instruction) -> str:
@@ -103,14 +109,30 @@ def _purpose(conditional: Instruction) -> str:
 
 # --- what needs what --------------------------------------------------------------------------------------------------
 
+
+def chains(program: CompiledProgram, loop: Instruction) -> tuple[int, ...]:
+    """The exchanges in a loop's body as groups that need nothing of each other: their sizes, the largest first."""
+    body = program.body(loop)
+    groups = [{one.name} for _, one in program.inside(body) if _begins(one)]
+    for group in list(groups):
+        needing = exchanges_that_need(program, body, group, again=True) | group
+        joined = [other for other in groups if other & needing]
+        groups = [other for other in groups if not other & needing]
+        groups.append(set().union(*joined))
+    return tuple(sorted(map(len, groups), reverse=True))
+
+
 Taint = frozenset[int] | bool
 """Of a result: whether it needs a source, of a tuple which of its elements do."""
 
 
-def exchanges_that_need(program: CompiledProgram, computation: str, sources: Collection[str]) -> set[str]:
+def exchanges_that_need(
+    program: CompiledProgram, computation: str, sources: Collection[str], *, again: bool = False
+) -> set[str]:
     """Exchanges in one run of a computation that need the result of any of the `sources`, by their names.
 
-    Loops and conditionals are followed element by element: what passes through a loop beside a source is not of it.
+    With `again` the computation is a loop's body, and its later turns count too. Loops and conditionals are followed
+    element by element: what passes through a loop beside a source is not of it.
     """
     found: set[str] = set()
     known: dict[tuple[str, tuple[Taint, ...]], Taint] = {}
@@ -127,7 +149,7 @@ def exchanges_that_need(program: CompiledProgram, computation: str, sources: Col
                 taint: Taint = arguments[one.number]
             else:
                 taint = result(one, operands)
-            if one.kind in EXCHANGES and any(map(bool, operands)):
+            if _begins(one) and any(map(bool, operands)):
                 found.add(one.name)
             if one.name in sources:
                 taint = True
@@ -152,15 +174,17 @@ def exchanges_that_need(program: CompiledProgram, computation: str, sources: Col
                     return state
                 state = after
         if one.opcode == "conditional":
-            taint: Taint = frozenset()
+            of_branches: Taint = frozenset()
             for branch, argument in zip(one.called, operands[1:], strict=True):
-                taint = _either(taint, run(branch, (argument,)))
-            return True if operands[0] else taint
+                of_branches = _either(of_branches, run(branch, (argument,)))
+            return True if operands[0] else of_branches
         if one.opcode == "call":
             return run(one.called[0], tuple(operands))
         return any(map(bool, operands))
 
-    run(computation, (frozenset(),))
+    state: Taint = frozenset()
+    while (after := _either(state, run(computation, (state,)))) != state and again:
+        state = after
     return found
 
 

@@ -54,11 +54,15 @@ def _pipeline(trainer: Trainer) -> str:
     placement, empty = trainer.placement, empty_slots(trainer)
     names = [[name for of_kind in placement.slots.values() for name in of_kind[i]] for i in range(placement.num_stages)]
     layers = ", ".join(str(sum(bool(name and name.startswith("layers.")) for name in of)) for of in names)
-    cost = f"empty slots hold up to {empty.total / 1e6:,.1f} MB of a device, {empty.state / 1e6:,.1f} MB between steps"
+    cost = f"empty slots hold up to {_bytes(empty.total)} of a device, {_bytes(empty.state)} between steps"
     return (
         f"pipeline {trainer.schedule.name} over {placement.ranks} ranks; stages of {layers} layers; "
         f"{cost if empty.total else 'no slot is empty'}"
     )
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
 def _padding(experiment: Experiment, trainer: Trainer) -> str | None:

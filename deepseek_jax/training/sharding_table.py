@@ -160,7 +160,7 @@ def step_collectives(trainer: Trainer, shape: tuple[int, int]) -> tuple[Collecti
     if trainer.schedule.ranks == 1:
         return collectives(program)
     tables = make_tables(trainer.schedule.make(trainer.microbatches(shape)))
-    return collectives(program, work_shares(tables, steady=trainer.overlap != "none"))
+    return collectives(program, work_shares(tables, steady=trainer.overlap != "off"))
 
 
 def sharding_table(experiment: Experiment) -> ShardingTable:

@@ -92,7 +92,8 @@ class Trainer:
         )
         self.model, self.placement, self.mesh, self.config = model, placement, mesh, config
         self.schedule = ScheduleChoice(config.schedule, mesh.shape["pipe"], config.chunks)
-        self.overlap: Overlap = config.overlap or ("none" if jax.default_backend() == "cpu" else "braid")
+        platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
+        self.overlap: Overlap = config.overlap or ("off" if platform == "cpu" else "braid")
         self._experts = ExpertMesh(mesh.shape["node"], mesh.shape["expert"])
         check_vocabulary(model.config.vocab_size, mesh.shape["pipe"])
         check_experts(model.config.moe, self._experts, choose_dispatcher(config.dispatcher, self._experts))

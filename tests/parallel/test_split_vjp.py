@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from split_cases import (
+    CONFIG,
     LAYERS,
     LAYOUTS,
     QUICK,
@@ -189,6 +191,100 @@ def test_named_scopes_stay():
     _, stash = split.input_gradient(stack, None, residuals, X)
     compiled = jax.jit(split.weight_gradient).lower(stack, None, residuals, stash).compile()
     assert re.search(r'op_name="[^"]*/transpose\(jvp\(ffn\)\)/while/body/[^"]*experts/', compiled.as_text())
+
+
+# --- what crosses -----------------------------------------------------------------------------------------------------
+
+
+def crossing(function, params, x, fixed, cotangents) -> list[jax.ShapeDtypeStruct]:
+    """The stash."""
+    split = split_vjp(function, params, x, fixed)
+    residuals = jax.eval_shape(split.forward, params, x, fixed)[2]
+    return jax.eval_shape(split.input_gradient, params, fixed, residuals, cotangents)[1]
+
+
+def number_of_bytes(leaves) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def test_a_sum_over_tokens_is_taken_before_it_crosses():
+    """The gradient of a scale is a vector, and a bias's gradient too: no product makes them. If all that the first part
+    has to give is there anyway, its cotangent crosses and nothing else."""
+    params = {"scale": W[0], "bias": W[0], "matrix": W}
+
+    def function(params, x):
+        return jnp.tanh(jnp.tanh(x @ params["matrix"]) * params["scale"] + params["bias"])
+
+    for one, expected in ((function, []), (jax.checkpoint(function), [(8,), (8,)])):
+        stash = crossing(lambda params, x, _, one=one: (one(params, x), None), params, X, None, X)
+        assert sorted(leaf.shape for leaf in stash) == [X.shape, *expected]
+
+
+def test_what_a_product_takes_in_half_precision_crosses_in_half_precision_or_is_made_again():
+    """SwiGLU's output, whose input is kept: nothing but the gradients of the products' outputs crosses, of SwiGLU's
+    input not even that, which is as wide again as that of its output."""
+    half = lambda x: x.astype(jnp.bfloat16)  # noqa: E731
+    params = {"up": jnp.ones((8, 32)), "down": jnp.ones((16, 8))}
+
+    def swiglu(y):
+        gate, up = jnp.split(y.astype(jnp.float32), 2, axis=-1)
+        return half(jax.nn.silu(gate) * up)
+
+    def function(params, x, _):
+        y = checkpoint_name(x @ half(params["up"]), "kept")
+        return swiglu(y) @ half(params["down"]), None
+
+    policy = jax.checkpoint_policies.save_only_these_names("kept")
+    for one in (function, jax.checkpoint(function, policy=policy, static_argnums=2)):
+        stash = crossing(one, params, half(X), None, half(X))
+        assert sorted((leaf.shape, leaf.dtype) for leaf in stash) == [((5, 8), jnp.bfloat16), ((5, 16), jnp.bfloat16)]
+
+
+@pytest.mark.parametrize("product", [True, False])
+def test_a_loop_gives_first_only_what_is_made_of_what_is_there(product):
+    """A sum over tokens inside a loop waits for its factor from outside, if that takes a product of the second part;
+    if cheap work makes the factor, the first part makes it."""
+
+    def function(params, x, _):
+        @jax.checkpoint
+        def layer(x, w):
+            y = jnp.tanh(x @ w["up"]) @ w["down"]
+            return x + jnp.tanh(y), w["factor"] * lax.stop_gradient(y)
+
+        y, scaled = lax.scan(layer, x, params["layers"])
+        return (y, y.T @ scaled.sum(0) if product else 2 * scaled.sum(0)), None
+
+    with jax.enable_x64(True):
+        params, x, _, (dy, _) = layer_arguments()
+        params["layers"]["factor"] = jnp.ones((LAYERS, 8)) * 0.7
+        dz = jnp.sin(jnp.arange(8 * 8.0).reshape(8, 8))
+        *_, stash = check(function, params, x, None, (dy, dz if product else dz[:5]))
+    assert ((LAYERS, 8) in [leaf.shape for leaf in stash]) == (not product)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_little_crosses_in_a_stage_of_v3_blocks(recompute):
+    """In BF16, for each product the gradient of its output, half of it where SwiGLU follows, and of rows those of
+    tokens. What is wider than BF16 is gradients of scales and router logits, and numbers a token or row has one of."""
+    params, x, fixed, (dy, dloss) = jax.tree.map(jnp.asarray, stage_arguments())
+    x, dy = x.astype(jnp.bfloat16), dy.astype(jnp.bfloat16)
+    arguments = {"moe": params["moe"]}, x, fixed, (dy, dloss.astype(jnp.float32))
+    stash = crossing(stage_function(recompute, dense=False), *arguments)
+    tokens, a, moe, width = x.shape[0] * x.shape[1], CONFIG.attention, CONFIG.moe, CONFIG.hidden_size
+
+    scales = {leaf.shape for leaf in jax.tree.leaves(params["moe"]) if leaf.ndim == 2}
+    wide = {leaf.shape for leaf in stash if leaf.dtype == jnp.float32 and leaf.shape[-1] > 1}
+    assert wide == scales | {(LAYERS, tokens, moe.num_experts)}
+
+    keys = a.num_heads * (a.qk_nope_head_dim + a.v_head_dim)
+    query = a.num_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim)
+    latents = a.q_lora_rank + a.kv_lora_rank
+    ffn = moe.expert_ffn_size * (moe.num_shared_experts + moe.experts_per_token)
+    values = latents + a.qk_rope_head_dim + query + keys + width + ffn + width
+    if recompute == "full":  # what products take was made again in the first part, and crosses too
+        values += latents + a.num_heads * a.v_head_dim + width + 2 * ffn
+    numbers = 4 + moe.num_experts + 2 * moe.experts_per_token
+    assert number_of_bytes(stash) <= LAYERS * (2 * tokens * values + 4 * tokens * numbers + 4 * (2 * width + latents))
 
 
 # --- conditionals -----------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ MOVE = "f32[100,100]{1,0} all-to-all"
 
 
 def program(body: str) -> Replay:
-    text = f"HloModule m\n\nENTRY %main (x: f32[100,100]) -> f32[100,100] {{\n  %x = f32[100,100]{{1,0}} parameter(0)\n{body}}}\n"
+    head = "HloModule m\n\nENTRY %main (x: f32[100,100]) -> f32[100,100] {\n  %x = f32[100,100]{1,0} parameter(0)\n"
+    text = f"{head}{body}}}\n"
     return Replay(read_program(text), SPEEDS)
 
 

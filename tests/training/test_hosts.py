@@ -173,6 +173,14 @@ def test_the_data_ends_for_all_with_the_last_row_of_any(together, data, tokenize
     assert sum(labels) > 0, "the last step has a row for somebody"
 
 
+def test_of_processes_that_read_the_same_rows_one_says_where_it_is():
+    """As of two pipeline stages: a state is as large as the run has virtual shards, and is sent to every process."""
+    rows = types.SimpleNamespace(get_state=lambda: "here")
+    for first, sent in ((True, "here"), (False, None)):
+        run = types.SimpleNamespace(rows=rows, reader=types.SimpleNamespace(first=first))
+        assert loop._Run._data_state(run) == sent
+
+
 def test_a_checkpoint_holds_the_data_of_all_processes_and_is_not_looked_for_again(texts, tmp_path, monkeypatch):
     """Each process knows by itself what was saved: their views of a folder differ, and then one would wait forever."""
 

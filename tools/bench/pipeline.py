@@ -3,8 +3,8 @@
     python -m tools.bench.pipeline [--part=work] [--part=compile] [--part=memory] [--part=bubble] [--write]
 
 **work**: total work of a step under each schedule, against plain sequential gradient accumulation of the same batch by
-the same kernels. Virtual devices share one core, so the time of a step is the work of all ranks together. Processor time
-is what is compared: other programs on the machine change it little. One step of each is traced; the trace says how
+the same kernels. Virtual devices share one core, so the time of a step is the work of all ranks together. Processor
+time is what is compared: other programs on the machine change it little. One step of each is traced; the trace says how
 often each matrix product ran, so that products that the pipeline does besides (padding) and its overhead are told
 apart.
 **compile**: seconds and size of the compiled program, for numbers of microbatches and ranks.
@@ -44,13 +44,13 @@ SCHEDULES = (
     *("gpipe", "one_f_one_b", "eager_one_f_one_b", "interleaved_one_f_one_b", "zb_h1", "dualpipe", "dualpipe_v"),
 )
 LENGTH = 512
-OVERLAPS = ("none", "steady", "braid")
+OVERLAPS = ("off", "steady", "braid")
 
 _PART = flags.DEFINE_multi_enum("part", [], PARTS, "what to measure; default: all")
 _MEASURE = flags.DEFINE_string("measure", None, "measure one case in this process and print it as JSON")
 _RANKS = flags.DEFINE_multi_integer("ranks", [], "pipeline ranks; default: those of the part")
 _SCHEDULES = flags.DEFINE_multi_enum("schedule", [], SCHEDULES, "schedules; default: all")
-_OVERLAP = flags.DEFINE_multi_enum("overlap", ["none"], OVERLAPS, "how steady ticks are run")
+_OVERLAP = flags.DEFINE_multi_enum("overlap", ["off"], OVERLAPS, "how steady ticks are run")
 _RECOMPUTE = flags.DEFINE_enum("recompute", "none", ["none", "selective", "full"], "in work: what is computed again")
 _TURNS = flags.DEFINE_integer("turns", 5, "in work: timed steps of each, in turn, after one that is not", lower_bound=1)
 _TRACES = flags.DEFINE_string("traces", None, "in work: keep traces and compiled programs in this folder")
@@ -158,11 +158,11 @@ def measure_work(pipe: str) -> list[dict]:
         stages = GENERATORS[schedule](ranks, rows).stages.stages
         base = f"sequential, {stages} stages" if stages == 16 else "sequential"
         if base not in cases:
-            config = model_of(stages)
-            cases[base] = stages, lambda config=config: make_trainer(config, pipe=1, recompute=_RECOMPUTE.value)
+            make = lambda stages=stages: make_trainer(model_of(stages), pipe=1, recompute=_RECOMPUTE.value)  # noqa: E731
+            cases[base] = stages, make
         for overlap in _OVERLAP.value:
-            make = lambda config=model_of(stages), schedule=schedule, overlap=overlap: make_trainer(  # noqa: E731
-                config, pipe=ranks, schedule=schedule, overlap=overlap, recompute=_RECOMPUTE.value
+            make = lambda stages=stages, schedule=schedule, overlap=overlap: make_trainer(  # noqa: E731
+                model_of(stages), pipe=ranks, schedule=schedule, overlap=overlap, recompute=_RECOMPUTE.value
             )
             cases[f"{schedule}, {overlap}"] = stages, make
     runs = {case: Run(case, make(), rows) for case, (_, make) in cases.items()}
@@ -253,9 +253,9 @@ def report_work() -> str:
         *heading("Total work of a step, against sequential gradient accumulation", "work"),
         f"Float32, recompute {_RECOMPUTE.value}; one dense layer, 16 MoE slots of width 256, one sequence of {LENGTH} "
         "tokens a microbatch; all ranks on one core. Processor seconds of a step, medians of "
-        f"{_TURNS.value} turns; times: the median over turns of the ratio to the baseline in the same turn. FLOPs are of "
-        "all matrix products that ran; seconds by kind are from one traced step. Goals: 1.10 at 2 and 4 ranks, 1.15 at "
-        "8.",
+        f"{_TURNS.value} turns; times: the median over turns of the ratio to the baseline in the same turn. FLOPs are "
+        "of all matrix products that ran; seconds by kind are from one traced step. Goals: 1.10 at 2 and 4 "
+        "ranks, 1.15 at 8.",
         "",
         "| ranks | microbatches | | seconds | times baseline | GFLOP | times baseline | by kind |",
         "|---|---|---|---|---|---|---|---|",
@@ -407,8 +407,8 @@ def report_memory() -> str:
     lines = [
         *heading("Temporary memory of a device, as XLA plans it for an H200", "memory"),
         "A V3 of width 1024, four layers a stage with MTP, float32, selective recomputation, one sequence of 1024 "
-        "tokens a microbatch. MB. Expected: rings + working copies + gradients + one stage's transients. Goals: flat in "
-        "microbatches for all but gpipe, and within 20% of what is expected.",
+        "tokens a microbatch. MB. Expected: rings + working copies + gradients + one stage's transients. Goals: flat "
+        "in microbatches for all but gpipe, and within 20% of what is expected.",
         "",
         "| schedule | overlap | ranks | microbatches | planned | rings | copies | gradients | transients | expected "
         "| ratio |",
@@ -450,10 +450,10 @@ def report_bubble() -> str:
         *heading("Bubbles by simulation, against the formulas", "bubble"),
         "Idle time of the busiest rank in units of F = B = W = 1 (of one stage: a rank of DualPipeV and of interleaved "
         "1F1B has two, half as long as others' stages of the same model). Each is simulated with 2P, 4P and 8P "
-        "microbatches; where they agree there is one number. Lock step: ticks in which some rank idles, as the share of "
-        "its time that a step takes longer than the busiest rank's work, with 4P.",
+        "microbatches; where they agree there is one number. Lock step, with 4P: the busiest rank's idle time as a "
+        "share of a step whose ticks all ranks start together, and the number of its ticks.",
         "",
-        "| schedule | ranks | simulated | formula | as published | lock step, 4P | eager ticks, 4P |",
+        "| schedule | ranks | simulated | formula | as published | idle in lock step | ticks |",
         "|---|---|---|---|---|---|---|",
     ]
     wrong = 0

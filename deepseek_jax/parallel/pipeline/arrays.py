@@ -55,6 +55,16 @@ def put(ring: Any, row: jax.Array, value: Any) -> Any:
     return jax.tree.map(lambda leaf, v: lax.dynamic_update_index_in_dim(leaf, v, row, 0), ring, value)
 
 
+def after(made: Any) -> jax.Array:
+    """True, when the first number of every leaf has been made. XLA does not see that it is always true, so what depends
+    on it waits; an optimization barrier would be gone before buffers are assigned."""
+    known = jnp.asarray(True)
+    for leaf in jax.tree.leaves(made):
+        first = leaf[(0,) * leaf.ndim]
+        known = known & ((first == first) | (first != first))
+    return known
+
+
 def joined(parts: Sequence[Any]) -> Any:
     """Trees one after the other along their leaves' first dimension."""
     return parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)

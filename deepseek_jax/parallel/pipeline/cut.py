@@ -21,6 +21,9 @@ from deepseek_jax.parallel.pipeline.min_cut import min_cut
 from deepseek_jax.parallel.pipeline.parts import needs, part_of_cond, part_of_scan, pruned, restricted, scan_needs
 from deepseek_jax.parallel.pipeline.program import Op, Program, Value, Variable, new_variable
 
+_REDUCTIONS = ("reduce", "arg", "cum")
+"""Beginnings of names of what reads more than it writes: made again it would cost more than it saves."""
+
 _BYTE = 100
 """What a byte that crosses counts, where a byte written by cheap work on the other side or on both sides counts one."""
 
@@ -77,6 +80,25 @@ def cut(program: Program, first: Sequence[bool], kept: Sequence[bool], absent: I
     return Cut(pruned(can_be_first, wanted | crossing), pruned(ops, late, available | crossing), stash)
 
 
+def _with_exchanges(
+    ops: Sequence[Op], wanted: set[Variable], late: set[Variable], absent: set[Variable]
+) -> set[Variable]:
+    """What the first part makes: what its outputs need, and exchanges of the second that cost no product more."""
+    early = needs(ops, wanted)
+    if not any(op.exchanges for op in ops):
+        return early
+    live = needs(ops, late) | early
+    made = {output: op for op in ops for output in op.outputs}
+    for op in ops:
+        if not op.exchanges or op.scan is not None or not any(v in live and v not in early for v in op.outputs):
+            continue
+        slice_ = needs(ops, op.inputs)  # everything before it, of which some is made already
+        more = {id(made[v]): made[v] for v in slice_ if v in made and v not in early}.values()
+        if not slice_ & absent and not any(one.heavy for one in more):
+            early |= slice_ | set(op.outputs)
+    return early
+
+
 def _possible(program: Program, early: set[Variable], absent: set[Variable]) -> set[Variable]:
     """What the first part can make without more than cheap work besides its own."""
     possible = early | ({*program.inputs, *program.constants} - absent)
@@ -113,7 +135,7 @@ def _crossing(
         size = math.prod(value.shape) * value.dtype.itemsize
         edges.append(((value, "made"), (value, "there"), _BYTE * size))
         op = made.get(value)
-        if op is None or op.heavy or (value in early and _reads_more_than_it_writes(op)):
+        if op is None or op.heavy or (value in early and op.name.startswith(_REDUCTIONS)):
             edges.append(("source", (value, "made"), math.inf))
             continue
         edges.append(("source", (value, "made"), size) if value in early else ((value, "made"), "sink", size))
@@ -123,10 +145,6 @@ def _crossing(
         found.update(dict.fromkeys(inputs))
     side = min_cut(edges, "source", "sink")
     return {value for value in found if (value, "made") in side and (value, "there") not in side}
-
-
-def _reads_more_than_it_writes(op: Op) -> bool:
-    return op.name.startswith(("reduce", "arg", "cum"))
 
 
 def _cut_scan(op: Op, now: Sequence[bool], then: Sequence[bool], possible: set[Variable]) -> tuple[Op, Op]:

@@ -49,7 +49,7 @@ def pipeline(
     occupied: Mapping[str, np.ndarray] | None = None,
     recompute: Recompute = "none",
     unroll_layers: int = 1,
-    overlap: Overlap = "none",
+    overlap: Overlap = "off",
 ) -> Pipeline:
     """Runs `model` by `schedule`, over the ranks of the mesh axis `pipe`.
 

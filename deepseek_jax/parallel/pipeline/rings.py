@@ -17,8 +17,6 @@ from deepseek_jax.parallel.pipeline.tables import TickTables
 
 _SIDES = {"left": 1, "right": -1, "self": 0}
 """Where a message comes from, and how far it has gone."""
-_RING_OF = {"residual": "f_residual", "output": "f_output", "stash": "b_stash"}
-"""Rings that a tick writes with what it made itself, and the columns that say where."""
 
 
 class Rings(NamedTuple):
@@ -32,11 +30,9 @@ class Rings(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What a tick made and received, to be written before the next one reads."""
+    """What a tick received, and what its last stage made, to be written before the next one reads."""
 
     output: tuple
-    residual: list
-    stash: list
     x: tuple[Streams, ...]
     """From each side that ever sends any, or in steady ticks the one that came."""
     dx: tuple[Streams, ...]
@@ -77,15 +73,13 @@ class Post:
         messages = {what: 1 if steady else len(sides) for what, sides in self._sides.items()}
         return Made(
             output=zeros(shapes.out.hidden),
-            residual=zeros(shapes.residual) if self._trains else [],
-            stash=zeros(shapes.stash) if self._tables.rings.stash and not steady else [],
             x=tuple(zeros(shapes.out.x) for _ in range(messages["x"])),
             dx=tuple(zeros(shapes.out.x) for _ in range(messages["dx"] * self._trains)),
         )
 
     def rows(self, start: int, end: int, *, steady: bool) -> dict[str, jax.Array]:
         """Where goes what the ticks from `start` to before `end` made: `[ticks]`, messages `[ticks, messages]`."""
-        found = {ring: self._columns[column][start:end] for ring, column in _RING_OF.items()}
+        found = {"output": self._columns["f_output"][start:end]}
         for what, sides in self._sides.items():
             if steady:
                 found[what] = self._columns[f"{what}_row"][:, None]
@@ -97,10 +91,8 @@ class Post:
 
     def before(self, rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """The same for each tick of what the tick before it made; for the first scratch rows."""
-        scratch = {**self._tables.rings._asdict()} | {
-            "x": self._tables.rings.activation,
-            "dx": self._tables.rings.gradient,
-        }
+        sizes = self._tables.rings
+        scratch = {"output": sizes.output, "x": sizes.activation, "dx": sizes.gradient}
         return {name: jnp.concatenate([jnp.full_like(of[:1], scratch[name]), of[:-1]]) for name, of in rows.items()}
 
     def write(self, rings: Rings, made: Made, rows: Mapping[str, jax.Array]) -> Rings:
@@ -110,13 +102,8 @@ class Post:
             activation = put(activation, rows["x"][place], x)
         for place, dx in enumerate(made.dx):
             gradient = put(gradient, rows["dx"][place], dx)
-        return Rings(
-            activation,
-            gradient,
-            output=put(rings.output, rows["output"], made.output),
-            residual=put(rings.residual, rows["residual"], made.residual),
-            stash=put(rings.stash, rows["stash"], made.stash) if made.stash else rings.stash,
-        )
+        output = put(rings.output, rows["output"], made.output)
+        return rings._replace(activation=activation, gradient=gradient, output=output)
 
     @jax.named_scope("send")
     def send(self, what: str, value: Streams, pairs: Pairs | None) -> tuple[Streams, ...]:

@@ -1,10 +1,11 @@
 """The backward pass of a stage in two parts: B gives the gradient of its input, W that of its weights, later.
 
-Nothing is computed twice and the model knows nothing of it. `jax.vjp` of the stage is traced once, and its list of
-equations is cut: those that the input's gradient needs are B; what the weights' gradients need besides is W; values
-that cross the cut are the *stash*. Scans over layers and conditionals that both parts need are cut inside (`cut.py`). A
-`while` loop is not cut: it belongs to B if B needs any of it. So a custom VJP must compute the gradients of inputs and
-of weights in calls of their own, as `ops.grouped_matmul` does.
+No product, loop, kernel or exchange runs twice and the model knows nothing of it. `jax.vjp` of the stage is traced
+once, and its list of equations is cut: those that the input's gradient needs are B; what the weights' gradients need
+besides is W; values that cross the cut are the *stash*. So that it is small, B also does cheap work of W (the sums that
+are norms' weight gradients), and W does cheap work of B again. Scans over layers and conditionals that both parts need
+are cut inside (`cut.py`). A `while` loop is not cut: it belongs to B if B needs any of it. So a custom VJP must compute
+the gradients of inputs and of weights in calls of their own, as `ops.grouped_matmul` does.
 
 What is kept between the passes is as little as that allows (`residuals.py`).
 """

@@ -4,11 +4,13 @@ One program runs all ranks in lock step. It scans over ticks, and each rank read
 tick a rank does at most one F, one B and one W, then sends its F's output and its B's gradient to both neighbours; the
 table of whoever receives says what becomes of them.
 
-What waits lies in five *rings*, buffers with a fixed number of rows. Writing trails reading by a tick ("write-behind"):
-what tick t makes or receives is carried, and written before tick t + 1 reads. So a row belongs to a value from the tick
-after it was made until the tick that reads it last, and with rows given out by interval colouring a ring has as many of
-them as are ever taken at once. One more row, the *scratch* row (its index is the ring's number of rows), takes what
-nobody reads: no write is ever masked.
+What waits lies in five *rings*, buffers with a fixed number of rows. Writing trails reading: what tick t receives, and
+what its last stage makes, is carried and written before tick t + 1 reads ("write-behind"), and an F writes what it
+leaves for its B after the tick's B and W have read. So a row belongs to a value from the tick after it was made until
+the tick that reads it last, and with rows given out by interval colouring a ring has as many of them as are ever taken
+at once. A B writes its stash before the tick's W reads one, so there a row is free a tick later. One more row, the
+*scratch* row (its index is the ring's number of rows), takes what nobody reads, and the stash of a B whose W is in the
+same tick: no write is ever masked.
 
 Forward-only tables, for evaluation, run the same forwards in the same order, each in the first tick in which its input
 is there. The head reads what the last stage made in the tick after that, through `output` as ever.
@@ -221,7 +223,7 @@ def make_tables(schedule: Schedule, *, forward_only: bool = False) -> TickTables
             if op.kind == "W":
                 columns["w_own"][tick, rank] = at[rank][op._replace(kind="B")] == tick
         for ring, intervals in _intervals(schedule, rank, at).items():
-            rows, used = _colour(intervals)
+            rows, used = _colour(intervals, again=ring != "stash")
             sizes[ring] = max(sizes[ring], used)
             for interval, row in zip(intervals, rows, strict=True):
                 for tick, column in interval.entries:
@@ -287,14 +289,16 @@ def _side(schedule: Schedule, rank: int, source: tuple[int, int], op: Op) -> str
     return "left" if (op.kind == "F") != back else "right"
 
 
-def _colour(intervals: list[_Interval]) -> tuple[list[int], int]:
-    """A row for each interval so that no two that share one overlap, and the number of rows: as few as can be."""
+def _colour(intervals: list[_Interval], *, again: bool) -> tuple[list[int], int]:
+    """A row for each interval so that no two that share one overlap, and the number of rows: as few as can be.
+
+    `again`: a row that is read for the last time in the tick that makes a value may take that value.
+    """
     rows = [0] * len(intervals)
     last_read: list[int] = []
     for index in sorted(range(len(intervals)), key=lambda i: intervals[i].made):
         made, read, _ = intervals[index]
-        # Write-behind: a row that is read for the last time in the tick that makes a value may take that value.
-        free = next((row for row, until in enumerate(last_read) if until <= made), None)
+        free = next((row for row, until in enumerate(last_read) if until < made + again), None)
         if free is None:
             free = len(last_read)
             last_read.append(read)

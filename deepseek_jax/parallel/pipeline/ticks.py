@@ -1,15 +1,16 @@
 """The program that runs a schedule's tables: every rank in lock step, tick by tick, in at most three scans.
 
-In a tick a rank writes what the last tick made into its rings, works on the ends that the table calls all ranks to,
-does its F, its B and its W, and sends. Where the table says nothing, a conditional leaves the work out; it only ever
-reads rings, for XLA would copy whatever comes out of one. The steady ticks, in which every rank does F and a full
-backward, have no conditional: their pattern of slots, ends and messages is known beforehand, and repeats.
+In a tick a rank writes what the last tick received into its rings, works on the ends that the table calls all ranks to,
+does its B, its W and its F, and sends. Work that the table may leave out is a loop of one turn or none, whose carry is
+what it adds to: XLA updates that in place, where it would copy what goes through a conditional. The steady ticks, in
+which every rank does F and a full backward, have neither: their pattern of slots, ends and messages is known
+beforehand, and repeats.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,44 +19,40 @@ from jax import lax
 
 from deepseek_jax.compat import to_varying
 from deepseek_jax.parallel.mesh import AXES
-from deepseek_jax.parallel.pipeline.arrays import add, choose, joined, parted, take, where, wide_zeros, zeros
+from deepseek_jax.parallel.pipeline.arrays import (
+    add,
+    after,
+    choose,
+    joined,
+    parted,
+    put,
+    take,
+    where,
+    wide_zeros,
+    zeros,
+)
 from deepseek_jax.parallel.pipeline.braid import braid
 from deepseek_jax.parallel.pipeline.phases import Phase, Phases
-from deepseek_jax.parallel.pipeline.protocol import LayerStats, LossScales, Streams
+from deepseek_jax.parallel.pipeline.protocol import LossScales, Streams
 from deepseek_jax.parallel.pipeline.rings import Made, Post, Rings, StageShapes
 from deepseek_jax.parallel.pipeline.schedule import Schedule
 from deepseek_jax.parallel.pipeline.split_vjp import SplitVjp, split_vjp
 from deepseek_jax.parallel.pipeline.stage import STACKS, Occupied, Stage, StageOutputs
 from deepseek_jax.parallel.pipeline.steady import Tick, known_ticks
 from deepseek_jax.parallel.pipeline.tables import END_COLUMNS, TickTables, make_tables
+from deepseek_jax.parallel.pipeline.totals import Totals, joined_stats
 from deepseek_jax.tree import Tree
 
-Overlap = Literal["none", "steady", "braid"]
+Overlap = Literal["off", "steady", "braid"]
 """Whether steady ticks are run by a body of their own, in which nothing keeps a forward's exchanges from running beside
 a backward's compute; and whether the equations of both are interleaved in it."""
-
-
-class Totals(NamedTuple):
-    """Sums over the ticks."""
-
-    stacks: Tree
-    """`[phases, slots, ...]`: the gradients of stacks of layers."""
-    shared: Tree
-    """Gradients that stages give of the ends that they read."""
-    ends: Tree
-    """Gradients that the model's ends give: equal on all ranks but for `split_ends`."""
-    loss: jax.Array
-    sums: dict[str, jax.Array]
-    aux: jax.Array
-    stats: tuple[dict[str, LayerStats], ...]
-    """Per phase."""
 
 
 class Machine:
     """A model and a schedule, ready to be run by every rank."""
 
     def __init__(
-        self, stage: Stage, schedule: Schedule, occupied: Mapping[str, np.ndarray], *, overlap: Overlap = "none"
+        self, stage: Stage, schedule: Schedule, occupied: Mapping[str, np.ndarray], *, overlap: Overlap = "off"
     ):
         """`occupied`: per stack bool `[stages, slots]`, which of a stage's slots hold a layer."""
         self.stage, self.schedule, self.overlap = stage, schedule, overlap
@@ -82,7 +79,7 @@ class _Run:
         self.machine, self.tables, self.stages = machine, tables, machine.schedule.stages
         self.model = machine.stage.model
         self.trains = bool((tables.b_slot >= 0).any())
-        self.pattern = () if machine.overlap == "none" else known_ticks(tables.steady, self.stages.slots)
+        self.pattern = () if machine.overlap == "off" else known_ticks(tables.steady, self.stages.slots)
         self.rank = to_varying(lax.axis_index("pipe"), AXES)
         self.scales = to_varying(scales, AXES)
         # One microbatch more, without a token, for an end that is called for one direction alone.
@@ -147,27 +144,25 @@ class _Run:
         rings = self.post.write(rings, made, before)
         embedded = self._embed(at, known)
         cotangents, totals = self._head(rings, totals, at, known)
-        forward = lambda: self._of_forward(rings, embedded, at, known)  # noqa: E731
-        backward = lambda: self._of_backward(rings, cotangents, at, known)  # noqa: E731
+        of_f = lambda: self._of_forward(rings, embedded, at, known)  # noqa: E731
+        of_b = lambda: self._of_backward(rings, cotangents, at, known)  # noqa: E731
         if known and self.machine.overlap == "braid":
             assert self.split is not None
-            done, (dx, weights) = braid(self.split.forward, self.split.gradients)(forward(), backward())
+            (out, stats, residual), (dx, weights) = braid(self.split.forward, self.split.gradients)(of_f(), of_b())
             stacks, shared = self._added(totals.stacks, totals.shared, known.phase_b, weights)
-            stash, totals = [], totals._replace(stacks=stacks, shared=shared)
+            totals = totals._replace(stacks=stacks, shared=shared)
+            rings = self._kept(rings, residual, at, (dx, stacks, shared))
         else:
-            done = self._when("F", at["f_slot"] >= 0, known, lambda: self._forward(*forward()))
-            dx, stash, totals = (
-                self._backward(rings, backward, totals, at, known) if self.trains else (None, [], totals)
-            )
-        out, stats, residual = done
+            dx, rings, totals = self._backward(rings, of_b, totals, at, known) if self.trains else (None, rings, totals)
+            out, stats, rings = self._forward(rings, of_f, at, known, (dx, totals.stacks, totals.shared))
         phase = known.phase_f if known else self.phases.of(at["f_slot"])
         stats = self.phases.added(totals.stats, phase, stats, joined_stats)
         totals = totals._replace(aux=totals.aux + out.aux, stats=stats)
         x = self.post.send("x", out.x, known and known.x_sends)
         if not self.trains:
-            return rings, Made(out.hidden, [], [], x, ()), totals
+            return rings, Made(out.hidden, x, ()), totals
         totals = self._embed_gradient(totals, dx, at, known)
-        return rings, Made(out.hidden, residual, stash, x, self.post.send("dx", dx, known and known.dx_sends)), totals
+        return rings, Made(out.hidden, x, self.post.send("dx", dx, known and known.dx_sends)), totals
 
     def _when(self, name: str, predicate: jax.Array, known: Tick | bool | None, run: Callable[[], Any]) -> Any:
         """`run()`, or zeros where the predicate is false; in a steady tick it is known what it is.
@@ -181,8 +176,8 @@ class _Run:
     ) -> Any:
         """The same of `run(*sums) -> (result, sums with what it added)`.
 
-        Sums that nothing else in the tick reads go through the conditional: XLA adds to them in place, where zeros from
-        a branch would be made and added in every tick.
+        What is added to is the carry of a loop of one turn or none, in which XLA adds in place. A conditional would
+        copy every sum on a GPU, and zeros out of one would have to be made and added in every tick.
         """
         checked = lambda *sums: to_varying(run(*sums), AXES)  # noqa: E731
         if known:
@@ -191,7 +186,10 @@ class _Run:
         if known is False:
             return zeros(shapes), sums
         with jax.named_scope(name):
-            return lax.cond(predicate, checked, lambda *sums: (zeros(shapes), sums), *sums)
+            if not sums:
+                return lax.cond(predicate, checked, lambda: (zeros(shapes), ()))
+            turns = to_varying(predicate, AXES).astype(jnp.int32)
+            return lax.fori_loop(0, turns, lambda _, carry: checked(*carry[1]), (zeros(shapes), sums))
 
     # --- F, B, W ---
 
@@ -205,9 +203,31 @@ class _Run:
         out, stats, residual = self.split.forward(params, x, fixed)
         return StageShapes(out, stats, residual, self.split.input_gradient(params, fixed, residual, out)[1])
 
-    def _forward(self, weights: Tree, x: Streams, fixed: dict):
-        """(outputs, stats, residuals)."""
-        return (*self._stage(weights, x, fixed), []) if self.split is None else self.split.forward(weights, x, fixed)
+    def _forward(self, rings: Rings, of_f: Callable[[], tuple], at: dict, known: Tick | None, before: Any):
+        """(outputs, stats, rings with the residuals), after what makes `before` has read its own residuals."""
+        split, predicate = self.split, at["f_slot"] >= 0
+        if split is None:
+
+            def without_residuals():
+                weights, x, fixed = of_f()
+                return self._stage(weights, x, fixed)
+
+            return *self._when("F", predicate, known, without_residuals), rings
+        if known:
+            out, stats, residual = split.forward(*of_f())
+            return out, stats, self._kept(rings, residual, at, before)
+
+        def run(ring: list):
+            out, stats, residual = split.forward(*of_f())
+            return (out, stats), (put(ring, at["f_residual"], residual),)
+
+        (out, stats), (ring,) = self._adding("F", predicate & after(before), None, run, (rings.residual,))
+        return out, stats, rings._replace(residual=ring)
+
+    def _kept(self, rings: Rings, residual: list, at: dict, before: Any) -> Rings:
+        """The rings with a forward's residuals, in a row that may have been read until `before` was made."""
+        row = jnp.where(after(before), at["f_residual"], self.tables.rings.residual)
+        return rings._replace(residual=put(rings.residual, row, residual))
 
     def _of_forward(self, rings: Rings, embedded: tuple[Streams, ...], at: dict, known: Tick | None):
         """What an F reads: weights, its input from the stage before or from the embedding, fixed inputs."""
@@ -219,8 +239,8 @@ class _Run:
         return self._weights(phase), x, self._fixed(slot, at["f_microbatch"], phase)
 
     def _backward(self, rings: Rings, of_b: Callable[[], tuple], totals: Totals, at: dict, known: Tick | None):
-        """(dx, stash, totals with weights' gradients): of a B, and of its W or an earlier one's."""
-        split = self.split
+        """(dx, rings with the stash, totals with weights' gradients): of a B, and of its W or an earlier one's."""
+        split, sums = self.split, (totals.stacks, totals.shared)
         assert split is not None
         if known or not self.tables.rings.stash:
             phase = known.phase_b if known else self.phases.of(at["b_slot"])
@@ -229,21 +249,23 @@ class _Run:
                 dx, weights = split.gradients(*of_b())
                 return dx, self._added(stacks, shared, phase, weights)
 
-            dx, (stacks, shared) = self._adding("B", at["b_slot"] >= 0, known, both, (totals.stacks, totals.shared))
-            return dx, [], totals._replace(stacks=stacks, shared=shared)
-        dx, stash = self._when("B", at["b_slot"] >= 0, None, lambda: split.input_gradient(*of_b()))
+            dx, (stacks, shared) = self._adding("B", at["b_slot"] >= 0, known, both, sums)
+            return dx, rings, totals._replace(stacks=stacks, shared=shared)
+
+        def input_gradient(ring: list):
+            dx, stash = split.input_gradient(*of_b())
+            return dx, (put(ring, at["b_stash"], stash),)
 
         def weight_gradient(stacks: Tree, shared: Tree):
             phase = self.phases.of(at["w_slot"])
             fixed = self._fixed(at["w_slot"], at["w_microbatch"], phase)
-            own = where(at["w_own"] > 0, stash, take(rings.stash, at["w_stash"]))
-            residual = take(rings.residual, at["w_residual"])
-            weights = split.weight_gradient(self._weights(phase), fixed, residual, own)
+            residual, stash = take(rings.residual, at["w_residual"]), take(ring, at["w_stash"])
+            weights = split.weight_gradient(self._weights(phase), fixed, residual, stash)
             return (), self._added(stacks, shared, phase, weights)
 
-        sums = (totals.stacks, totals.shared)
+        dx, (ring,) = self._adding("B", at["b_slot"] >= 0, None, input_gradient, (rings.stash,))
         _, (stacks, shared) = self._adding("W", at["w_slot"] >= 0, None, weight_gradient, sums)
-        return dx, stash, totals._replace(stacks=stacks, shared=shared)
+        return dx, rings._replace(stash=ring), totals._replace(stacks=stacks, shared=shared)
 
     def _added(self, stacks: Tree, shared: Tree, phase: Phase, weights: Tree) -> tuple[Tree, Tree]:
         """The sums of both with the gradients of a phase's weights."""
@@ -378,13 +400,3 @@ class _Run:
         """A column of the table: this rank's, or of an end, the same for all."""
         table = self.tables.columns[name]
         return jnp.asarray(table) if name in END_COLUMNS else self._mine(table, axis=1)
-
-
-def joined_stats(a: dict[str, LayerStats], b: dict[str, LayerStats]) -> dict[str, LayerStats]:
-    """Of two microbatches, or two copies of a stage: sums, and of what is demanded at once the larger."""
-
-    def join(a: LayerStats, b: LayerStats) -> LayerStats:
-        total, demand = add(a, b), jnp.maximum(a.traffic.demand, b.traffic.demand)
-        return total._replace(traffic=total.traffic._replace(demand=demand))
-
-    return {kind: join(a[kind], b[kind]) for kind in a}
