@@ -95,6 +95,16 @@ def initial_state(trainer: Trainer, dtype=jnp.float32, seed: int = 0) -> TrainSt
     return trainer.fresh_state(values(trainer.params_layout), values(trainer.bias_layout))
 
 
+def assert_same_metrics(seen, expected) -> None:
+    """Steps' metrics in float64: loads exactly, losses and norms to 1e-9, and every row that was routed received."""
+    for step, (metrics, wanted) in enumerate(zip(seen, expected, strict=True)):
+        np.testing.assert_array_equal(metrics.load, wanted.load, err_msg=f"step {step}")
+        np.testing.assert_array_equal(metrics.received.sum(axis=1), metrics.load.sum(axis=1), err_msg=f"step {step}")
+        for name in ("loss", "loss_main", "loss_mtp", "loss_balance", "grad_norm"):
+            pair = getattr(metrics, name), getattr(wanted, name)
+            np.testing.assert_allclose(*pair, rtol=1e-9, err_msg=f"{name} of step {step}")
+
+
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """Compiler options that halve the time to compile, which for these sizes is nearly all the time."""
 

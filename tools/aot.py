@@ -71,7 +71,10 @@ def compile_step(
 
 
 def ring_rows(experiment: Experiment, microbatches: int) -> set[int]:
-    """Numbers of rows of the rings that hold a stage's activations, scratch rows included."""
+    """Numbers of rows of the rings that hold a stage's activations, scratch rows included.
+
+    A stack of as many layers cannot be told from a ring, and its copies count as a ring's.
+    """
     rings = make_tables(experiment.parallel.schedule_choice.make(microbatches)).rings
     return {rows + 1 for rows in (rings.residual, rings.stash) if rows}
 

@@ -14,9 +14,11 @@ LATENCY_HIDING = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
     # A forward pass and a backward pass, each over two kinds of links; by default one exchange at a time.
     "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
+    # It makes one kernel of a forward and a backward operation that read one constant, and so each wait for the other.
+    "xla_disable_hlo_passes": "multi_output_fusion",
 }
-"""Compiler options that let exchanges run beside compute and beside each other. XLA's scheduler gives up
-hiding them where a program does not fit the device's memory."""
+"""Compiler options that let exchanges run beside compute and beside each other. XLA's scheduler gives up hiding them
+where a program does not fit the device's memory."""
 
 H200 = """
 gpu_device_info {

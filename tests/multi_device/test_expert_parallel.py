@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from small_model import (
     QUICK,
     abstract_state,
+    assert_same_metrics,
     gradient_descent,
     hyperparameters,
     initial_state,
@@ -113,12 +114,7 @@ def test_float64_steps_equal_those_of_one_device(mesh, kind):
     with jax.enable_x64(True):
         one, one_state = course(None, kind)
         many, many_state = course(mesh, kind)
-    for step, (expected, metrics) in enumerate(zip(one, many, strict=True)):
-        np.testing.assert_array_equal(metrics.load, expected.load, err_msg=f"step {step}")
-        np.testing.assert_array_equal(metrics.received.sum(axis=1), metrics.load.sum(axis=1), err_msg=f"step {step}")
-        for name in ("loss", "loss_main", "loss_mtp", "loss_balance", "grad_norm"):
-            value, wanted = getattr(metrics, name), getattr(expected, name)
-            np.testing.assert_allclose(value, wanted, rtol=1e-9, err_msg=f"{name} of step {step}")
+    assert_same_metrics(many, one)
     assert one[-3].loss < one[0].loss - 0.1
     for name, bias in flatten(one_state.router_bias).items():
         np.testing.assert_array_equal(flatten(many_state.router_bias)[name], bias, err_msg=name)

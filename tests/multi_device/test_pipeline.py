@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.extend.core import Var, jaxprs_in_params
 from jax.sharding import NamedSharding
-from small_model import abstract_state, gradient_descent, hyperparameters, packed, quickly, small
+from small_model import abstract_state, assert_same_metrics, gradient_descent, hyperparameters, packed, quickly, small
 
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.mesh import ParallelConfig, make_mesh
@@ -85,12 +85,7 @@ def assert_same_course(trainer: Trainer, rows: int, config=CONFIG):
     """Loads and biases exactly; losses, norms, parameters (so gradients) and evaluation to 1e-9."""
     seen, evaluated, arrays = course(trainer, rows, config=config)
     wanted, wanted_evaluation, wanted_arrays = one_device(rows, config)
-    for step, (metrics, expected) in enumerate(zip(seen, wanted, strict=True)):
-        np.testing.assert_array_equal(metrics.load, expected.load, err_msg=f"step {step}")
-        np.testing.assert_array_equal(metrics.received.sum(axis=1), metrics.load.sum(axis=1), err_msg=f"step {step}")
-        for name in ("loss", "loss_main", "loss_mtp", "loss_balance", "grad_norm"):
-            value, other = getattr(metrics, name), getattr(expected, name)
-            np.testing.assert_allclose(value, other, rtol=1e-9, err_msg=f"{name} of step {step}")
+    assert_same_metrics(seen, wanted)
     np.testing.assert_allclose(evaluated, wanted_evaluation, rtol=1e-9)
     assert arrays.keys() == wanted_arrays.keys()
     for name, value in wanted_arrays.items():

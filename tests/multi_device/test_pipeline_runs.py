@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
-from small_model import abstract_state, full, hyperparameters
+from small_model import full, hyperparameters
 from tiny_run import LENGTH, after_step, assert_same_arrays, checkpoint, experiment, kill, quick_runs, records, train
 
 import deepseek_jax
@@ -356,20 +356,25 @@ def test_a_vocabulary_that_stages_cannot_share_is_refused(runs):
 
 
 def test_a_trainer_on_a_mesh_without_stages_is_refused(runs):
-    """Its layers are placed on two ranks, and the mesh has one."""
+    """Its layers are placed on two ranks, and the mesh has one, or no axis for them."""
     stages = place(MODEL, stage_map=runs.base.parallel.schedule_choice.stage_map)
     mesh = make_mesh(ParallelConfig(), jax.devices()[:1])
     with pytest.raises(ConfigError, match=r"^a placement on 2 ranks needs a mesh with pipe=2, not pipe=1$"):
         Trainer(Transformer(MODEL), stages, mesh, runs.base.optimizer.make, step_config(runs.base))
+    without = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    with pytest.raises(ConfigError, match=r"^the mesh has the axes data, a trainer needs pipe, data, node, expert: "):
+        Trainer(Transformer(MODEL), stages, without, runs.base.optimizer.make, step_config(runs.base))
 
 
 def test_a_batch_that_has_not_the_microbatches_is_refused_before_it_runs(runs):
     """One's own loop over a trainer: nothing is padded there."""
-    trainer = loop.make_trainer(runs.base)
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), full(MODEL, SMALL, LENGTH))
-    with pytest.raises(ConfigError, match=r"^dualpipe over 2 ranks needs at least 4 microbatches .*, not 2"):
-        jax.eval_shape(trainer._sharded_step, abstract_state(trainer), batch, hyperparameters())
-    assert trainer.padded_rows(SMALL) == LARGE
+    trainer, nothing = loop.make_trainer(runs.base), None
+    for rows in (SMALL, 5):
+        message = rf"^a batch of {rows} rows does not split over 2 devices .*: pad it to {LARGE} rows .*padded_rows\)$"
+        with pytest.raises(ConfigError, match=message):
+            trainer.step(nothing, full(MODEL, rows, LENGTH), hyperparameters())
+        with pytest.raises(ConfigError, match=message):
+            trainer.evaluate(nothing, full(MODEL, rows, LENGTH))
 
 
 # --- a schedule of one's own ----------------------------------------------------------------------------------------

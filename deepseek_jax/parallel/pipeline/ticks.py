@@ -144,11 +144,11 @@ class _Run:
         rings = self.post.write(rings, made, before)
         embedded = self._embed(at, known)
         cotangents, totals = self._head(rings, totals, at, known)
-        of_f = lambda: self._of_forward(rings, embedded, at, known)  # noqa: E731
-        of_b = lambda: self._of_backward(rings, cotangents, at, known)  # noqa: E731
+        of_f = lambda at: self._of_forward(rings, embedded, at, known)  # noqa: E731
+        of_b = lambda at: self._of_backward(rings, cotangents, at, known)  # noqa: E731
         if known and self.machine.overlap == "braid":
             assert self.split is not None
-            (out, stats, residual), (dx, weights) = braid(self.split.forward, self.split.gradients)(of_f(), of_b())
+            (out, stats, residual), (dx, weights) = braid(self.split.forward, self.split.gradients)(of_f(at), of_b(at))
             stacks, shared = self._added(totals.stacks, totals.shared, known.phase_b, weights)
             totals = totals._replace(stacks=stacks, shared=shared)
             rings = self._kept(rings, residual, at, (dx, stacks, shared))
@@ -164,32 +164,34 @@ class _Run:
         totals = self._embed_gradient(totals, dx, at, known)
         return rings, Made(out.hidden, x, self.post.send("dx", dx, known and known.dx_sends)), totals
 
-    def _when(self, name: str, predicate: jax.Array, known: Tick | bool | None, run: Callable[[], Any]) -> Any:
-        """`run()`, or zeros where the predicate is false; in a steady tick it is known what it is.
+    def _when(self, name: str, predicate: jax.Array, known: Tick | bool | None, at: dict, run: Callable) -> Any:
+        """`run(at)`, or zeros where the predicate is false; in a steady tick it is known what it is.
 
         The name, a key of `tables.work_shares`, is the scope of the conditional.
         """
-        return self._adding(name, predicate, known, lambda *_: (run(), ()), ())[0]
+        return self._adding(name, predicate, known, at, lambda at: (run(at), ()), ())[0]
 
     def _adding(
-        self, name: str, predicate: jax.Array, known: Tick | bool | None, run: Callable[..., Any], sums: tuple
+        self, name: str, predicate: jax.Array, known: Tick | bool | None, at: dict, run: Callable, sums: tuple
     ) -> Any:
-        """The same of `run(*sums) -> (result, sums with what it added)`.
+        """The same of `run(at, *sums) -> (result, sums with what it added)`.
 
         What is added to is the carry of a loop of one turn or none, in which XLA adds in place. A conditional would
         copy every sum on a GPU, and zeros out of one would have to be made and added in every tick.
         """
-        checked = lambda *sums: to_varying(run(*sums), AXES)  # noqa: E731
+        # Rows and numbers depend on the turn, or XLA would see that the work does not, and do it before each loop.
+        turned = lambda turn, *sums: run({column: value + turn for column, value in at.items()}, *sums)  # noqa: E731
+        checked = lambda turn, *sums: to_varying(turned(turn, *sums), AXES)  # noqa: E731
         if known:
-            return checked(*sums)
-        shapes, _ = jax.eval_shape(checked, *sums)
+            return checked(0, *sums)
+        shapes, _ = jax.eval_shape(checked, 0, *sums)
         if known is False:
             return zeros(shapes), sums
         with jax.named_scope(name):
             if not sums:
-                return lax.cond(predicate, checked, lambda: (zeros(shapes), ()))
+                return lax.cond(predicate, lambda: checked(0), lambda: (zeros(shapes), ()))
             turns = to_varying(predicate, AXES).astype(jnp.int32)
-            return lax.fori_loop(0, turns, lambda _, carry: checked(*carry[1]), (zeros(shapes), sums))
+            return lax.fori_loop(0, turns, lambda turn, carry: checked(turn, *carry[1]), (zeros(shapes), sums))
 
     # --- F, B, W ---
 
@@ -203,25 +205,20 @@ class _Run:
         out, stats, residual = self.split.forward(params, x, fixed)
         return StageShapes(out, stats, residual, self.split.input_gradient(params, fixed, residual, out)[1])
 
-    def _forward(self, rings: Rings, of_f: Callable[[], tuple], at: dict, known: Tick | None, before: Any):
+    def _forward(self, rings: Rings, of_f: Callable[[dict], tuple], at: dict, known: Tick | None, before: Any):
         """(outputs, stats, rings with the residuals), after what makes `before` has read its own residuals."""
         split, predicate = self.split, at["f_slot"] >= 0
         if split is None:
-
-            def without_residuals():
-                weights, x, fixed = of_f()
-                return self._stage(weights, x, fixed)
-
-            return *self._when("F", predicate, known, without_residuals), rings
+            return *self._when("F", predicate, known, at, lambda at: self._stage(*of_f(at))), rings
         if known:
-            out, stats, residual = split.forward(*of_f())
+            out, stats, residual = split.forward(*of_f(at))
             return out, stats, self._kept(rings, residual, at, before)
 
-        def run(ring: list):
-            out, stats, residual = split.forward(*of_f())
+        def run(at: dict, ring: list):
+            out, stats, residual = split.forward(*of_f(at))
             return (out, stats), (put(ring, at["f_residual"], residual),)
 
-        (out, stats), (ring,) = self._adding("F", predicate & after(before), None, run, (rings.residual,))
+        (out, stats), (ring,) = self._adding("F", predicate & after(before), None, at, run, (rings.residual,))
         return out, stats, rings._replace(residual=ring)
 
     def _kept(self, rings: Rings, residual: list, at: dict, before: Any) -> Rings:
@@ -238,33 +235,33 @@ class _Run:
         )
         return self._weights(phase), x, self._fixed(slot, at["f_microbatch"], phase)
 
-    def _backward(self, rings: Rings, of_b: Callable[[], tuple], totals: Totals, at: dict, known: Tick | None):
+    def _backward(self, rings: Rings, of_b: Callable[[dict], tuple], totals: Totals, at: dict, known: Tick | None):
         """(dx, rings with the stash, totals with weights' gradients): of a B, and of its W or an earlier one's."""
         split, sums = self.split, (totals.stacks, totals.shared)
         assert split is not None
         if known or not self.tables.rings.stash:
-            phase = known.phase_b if known else self.phases.of(at["b_slot"])
 
-            def both(stacks: Tree, shared: Tree):
-                dx, weights = split.gradients(*of_b())
+            def both(at: dict, stacks: Tree, shared: Tree):
+                phase = known.phase_b if known else self.phases.of(at["b_slot"])
+                dx, weights = split.gradients(*of_b(at))
                 return dx, self._added(stacks, shared, phase, weights)
 
-            dx, (stacks, shared) = self._adding("B", at["b_slot"] >= 0, known, both, sums)
+            dx, (stacks, shared) = self._adding("B", at["b_slot"] >= 0, known, at, both, sums)
             return dx, rings, totals._replace(stacks=stacks, shared=shared)
 
-        def input_gradient(ring: list):
-            dx, stash = split.input_gradient(*of_b())
+        def input_gradient(at: dict, ring: list):
+            dx, stash = split.input_gradient(*of_b(at))
             return dx, (put(ring, at["b_stash"], stash),)
 
-        def weight_gradient(stacks: Tree, shared: Tree):
+        def weight_gradient(at: dict, stacks: Tree, shared: Tree):
             phase = self.phases.of(at["w_slot"])
             fixed = self._fixed(at["w_slot"], at["w_microbatch"], phase)
             residual, stash = take(rings.residual, at["w_residual"]), take(ring, at["w_stash"])
             weights = split.weight_gradient(self._weights(phase), fixed, residual, stash)
             return (), self._added(stacks, shared, phase, weights)
 
-        dx, (ring,) = self._adding("B", at["b_slot"] >= 0, None, input_gradient, (rings.stash,))
-        _, (stacks, shared) = self._adding("W", at["w_slot"] >= 0, None, weight_gradient, sums)
+        dx, (ring,) = self._adding("B", at["b_slot"] >= 0, None, at, input_gradient, (rings.stash,))
+        _, (stacks, shared) = self._adding("W", at["w_slot"] >= 0, None, at, weight_gradient, sums)
         return dx, rings._replace(stash=ring), totals._replace(stacks=stacks, shared=shared)
 
     def _added(self, stacks: Tree, shared: Tree, phase: Phase, weights: Tree) -> tuple[Tree, Tree]:
@@ -291,15 +288,15 @@ class _Run:
     def _embed(self, at: dict, known: Tick | None) -> tuple[Streams, ...]:
         """Per direction what its first stage reads in this tick."""
 
-        def run() -> tuple[Streams, ...]:
+        def run(at: dict) -> tuple[Streams, ...]:
             return parted(self.model.embed(self.ends, self._microbatches(at["embed"])), self.stages.directions)
 
-        return self._when("embed", (at["embed"] >= 0).any(), known and known.embed, run)
+        return self._when("embed", (at["embed"] >= 0).any(), known and known.embed, at, run)
 
     def _head(self, rings: Rings, totals: Totals, at: dict, known: Tick | None) -> tuple[tuple, Totals]:
         """Per direction the cotangents of its last stage's hidden states, and totals with the loss."""
 
-        def run(total: jax.Array, sums: dict, of_ends: Tree):
+        def run(at: dict, total: jax.Array, sums: dict, of_ends: Tree):
             hidden = self._from_stage(self.stages.stages - 1, take(rings.output, at["b_output"]), at["head"])
             batch = self._microbatches(at["head"])
             loss = lambda ends, hidden: self.model.finish(ends, hidden, batch, self.scales)  # noqa: E731
@@ -312,18 +309,18 @@ class _Run:
             return parted(cotangents, self.stages.directions), (total + value, add(sums, more), of_ends)
 
         sums = (totals.loss, totals.sums, totals.ends)
-        cotangents, sums = self._adding("head", (at["head"] >= 0).any(), known and known.head, run, sums)
+        cotangents, sums = self._adding("head", (at["head"] >= 0).any(), known and known.head, at, run, sums)
         return cotangents, totals._replace(**dict(zip(("loss", "sums", "ends"), sums, strict=True)))
 
     def _embed_gradient(self, totals: Totals, dx: Streams, at: dict, known: Tick | None) -> Totals:
-        def run(ends: Tree):
+        def run(at: dict, ends: Tree):
             cotangents = self._from_stage(0, dx, at["embed_gradient"])
             batch = self._microbatches(at["embed_gradient"])
             (gradient,) = jax.vjp(lambda ends: self.model.embed(ends, batch), self.ends)[1](cotangents)
             return (), (add(ends, gradient),)
 
         wanted = (at["embed_gradient"] >= 0).any()
-        _, (ends,) = self._adding("embed_gradient", wanted, known and known.embed_gradient, run, (totals.ends,))
+        _, (ends,) = self._adding("embed_gradient", wanted, known and known.embed_gradient, at, run, (totals.ends,))
         return totals._replace(ends=ends)
 
     def _from_stage(self, stage: int, mine: Any, microbatches: jax.Array) -> Any:
