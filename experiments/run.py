@@ -87,6 +87,8 @@ def main(argv: Sequence[str]) -> int:
         prepare_environment(os.environ, virtual_devices=options.virtual_devices)
         devices = launch.total_virtual_devices(options, cluster)
         experiment, workdir = _resolve(options, positional, devices)
+        if experiment.parallel.pipe > 1:
+            prepare_for_stages(os.environ, virtual_devices=options.virtual_devices)
         if options.print_config:
             from deepseek_jax.config_io import format_config
 
@@ -302,13 +304,20 @@ def prepare_environment(environment: MutableMapping[str, str], *, virtual_device
     given += [f"{flag}={value}" for flag, value in wanted.items() if not any(g.startswith(flag) for g in given)]
     environment["XLA_FLAGS"] = " ".join(given)
     environment["JAX_PLATFORMS"] = "cpu"
-    # A collective occupies a thread of XLA's until all devices have come to it. A train step's follow one another, so
-    # a thread per device is enough, and more take turns on the cores and spoil each other's caches. Simulated meshes
-    # run programs of any kind, and hang now and then with few threads.
+    # A collective occupies a thread of XLA's until all devices have come to it. Those of a train step without pipeline
+    # stages follow one another, so a thread per device is enough, and more take turns on the cores and spoil each
+    # other's caches. Simulated meshes run programs of any kind: a tick of a pipeline sends up to a dozen arrays at
+    # once, and with too few threads devices wait for each other forever.
     if 1 < virtual_devices <= usable_cores():
         environment.setdefault("NPROC", str(virtual_devices))
     elif virtual_devices > 1:
-        environment.setdefault("NPROC", str(max(32, 4 * virtual_devices)))
+        environment.setdefault("NPROC", str(16 * virtual_devices))
+
+
+def prepare_for_stages(environment: MutableMapping[str, str], *, virtual_devices: int) -> None:
+    """Gives a run with stages the threads that it needs where each device has a core; call it before jax has devices."""
+    if 1 < virtual_devices and environment.get("NPROC") == str(virtual_devices):
+        environment["NPROC"] = str(16 * virtual_devices)
 
 
 def keep_freed_memory() -> None:

@@ -316,7 +316,7 @@ def test_virtual_devices_set_what_jax_reads(monkeypatch):
         "XLA_FLAGS": "--xla_cpu_collective_call_terminate_timeout_seconds=5 --other "
         "--xla_force_host_platform_device_count=16 --xla_cpu_multi_thread_eigen=false",
         "JAX_PLATFORMS": "cpu",
-        "NPROC": "64",
+        "NPROC": "256",
         "PATH": "p",
     }
     untouched = {"XLA_FLAGS": "--other"}
@@ -325,6 +325,11 @@ def test_virtual_devices_set_what_jax_reads(monkeypatch):
     small = {}
     run.prepare_environment(small, virtual_devices=2)
     assert small["NPROC"] == "2"
+    run.prepare_for_stages(small, virtual_devices=2)
+    assert small["NPROC"] == "32"
+    chosen = {"NPROC": "5"}
+    run.prepare_for_stages(chosen, virtual_devices=2)
+    assert chosen == {"NPROC": "5"}, "what the user set is kept"
     assert small["XLA_FLAGS"].startswith("--xla_force_host_platform_device_count=2 --xla_cpu_collective")
 
 

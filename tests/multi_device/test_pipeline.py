@@ -207,7 +207,7 @@ def test_steady_ticks_have_no_conditional_and_one_message_each_way():
     generic = bodies(program("off", 16), make_tables(make_schedule("dualpipe", 4, 16)).ticks)[0]
     maybe = collections.Counter(eqn.primitive.name for eqn in generic.eqns)
     assert maybe["cond"] == 1, "the embedding"
-    assert maybe["while"] == 5, "F, B, W, head and the embedding's gradient, which add to something"
+    assert maybe["while"] == 6, "F, a full backward, B, W, head and the embedding's gradient, which add to something"
     assert len(named(body, "ppermute")) == 4, "two ticks with an activation and a gradient"
     assert len(named(generic, "ppermute")) == 4, "one tick with both of them both ways"
 

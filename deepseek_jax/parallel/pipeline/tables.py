@@ -172,21 +172,24 @@ _RING_OF = {
 
 
 def work_shares(tables: TickTables, *, steady: bool) -> dict[str, Fraction]:
-    """Of the ticks that a program runs with conditionals, the share in which each is taken, on the busiest rank.
+    """Of the ticks that a program runs with conditionals, the share in which each is taken, on the first rank.
 
     Args:
       tables: of the schedule.
       steady: whether the steady ticks have a body of their own.
 
-    Returns shares for `F`, `B`, `W` and the ends.
+    Returns shares for `F`, `BW` (a full backward), `B` and `W` apart, and the ends.
     """
     known = tables.steady if steady else None
     span = slice(known.start, known.end) if known else slice(0)
     generic = {name: np.delete(column, np.r_[span], axis=0) for name, column in tables.columns.items()}
     count = max(len(generic["f_slot"]), 1)
-    shares = {kind: int((generic[f"{kind.lower()}_slot"] >= 0).sum(axis=0).max()) for kind in "FBW"}
+    own = generic["w_own"] > 0
+    taken = {kind: generic[f"{kind.lower()}_slot"] >= 0 for kind in "FBW"}
+    taken = {"F": taken["F"], "BW": own, "B": taken["B"] & ~own, "W": taken["W"] & ~own}
+    shares = {name: int(of[:, 0].sum()) for name, of in taken.items()}
     shares |= {name: int((generic[name] >= 0).any(axis=1).sum()) for name in END_COLUMNS}
-    return {name: Fraction(taken, count) for name, taken in shares.items()}
+    return {name: Fraction(times, count) for name, times in shares.items()}
 
 
 class _Interval(NamedTuple):

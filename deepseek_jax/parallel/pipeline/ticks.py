@@ -172,9 +172,16 @@ class _Run:
         return self._adding(name, predicate, known, at, lambda at: (run(at), ()), ())[0]
 
     def _adding(
-        self, name: str, predicate: jax.Array, known: Tick | bool | None, at: dict, run: Callable, sums: tuple
+        self,
+        name: str,
+        predicate: jax.Array,
+        known: Tick | bool | None,
+        at: dict,
+        run: Callable,
+        sums: tuple,
+        otherwise: Any = None,
     ) -> Any:
-        """The same of `run(at, *sums) -> (result, sums with what it added)`.
+        """The same of `run(at, *sums) -> (result, sums with what it added)`; instead of zeros maybe something else.
 
         What is added to is the carry of a loop of one turn or none, in which XLA adds in place. A conditional would
         copy every sum on a GPU, and zeros out of one would have to be made and added in every tick.
@@ -191,7 +198,8 @@ class _Run:
             if not sums:
                 return lax.cond(predicate, lambda: checked(0), lambda: (zeros(shapes), ()))
             turns = to_varying(predicate, AXES).astype(jnp.int32)
-            return lax.fori_loop(0, turns, lambda turn, carry: checked(turn, *carry[1]), (zeros(shapes), sums))
+            begin = zeros(shapes) if otherwise is None else otherwise
+            return lax.fori_loop(0, turns, lambda turn, carry: checked(turn, *carry[1]), (begin, sums))
 
     # --- F, B, W ---
 
@@ -239,15 +247,11 @@ class _Run:
         """(dx, rings with the stash, totals with weights' gradients): of a B, and of its W or an earlier one's."""
         split, sums = self.split, (totals.stacks, totals.shared)
         assert split is not None
-        if known or not self.tables.rings.stash:
 
-            def both(at: dict, stacks: Tree, shared: Tree):
-                phase = known.phase_b if known else self.phases.of(at["b_slot"])
-                dx, weights = split.gradients(*of_b(at))
-                return dx, self._added(stacks, shared, phase, weights)
-
-            dx, (stacks, shared) = self._adding("B", at["b_slot"] >= 0, known, at, both, sums)
-            return dx, rings, totals._replace(stacks=stacks, shared=shared)
+        def both(at: dict, stacks: Tree, shared: Tree):
+            phase = known.phase_b if known else self.phases.of(at["b_slot"])
+            dx, weights = split.gradients(*of_b(at))
+            return dx, self._added(stacks, shared, phase, weights)
 
         def input_gradient(at: dict, ring: list):
             dx, stash = split.input_gradient(*of_b(at))
@@ -260,9 +264,12 @@ class _Run:
             weights = split.weight_gradient(self._weights(phase), fixed, residual, stash)
             return (), self._added(stacks, shared, phase, weights)
 
-        dx, (ring,) = self._adding("B", at["b_slot"] >= 0, None, at, input_gradient, (rings.stash,))
-        _, (stacks, shared) = self._adding("W", at["w_slot"] >= 0, None, at, weight_gradient, sums)
-        return dx, rings._replace(stash=ring), totals._replace(stacks=stacks, shared=shared)
+        own, ring = at["w_own"] > 0, rings.stash
+        dx, sums = self._adding("BW", own, known, at, both, sums)
+        if not known and self.tables.rings.stash:
+            dx, (ring,) = self._adding("B", (at["b_slot"] >= 0) & ~own, None, at, input_gradient, (ring,), dx)
+            _, sums = self._adding("W", (at["w_slot"] >= 0) & ~own, None, at, weight_gradient, sums)
+        return dx, rings._replace(stash=ring), totals._replace(stacks=sums[0], shared=sums[1])
 
     def _added(self, stacks: Tree, shared: Tree, phase: Phase, weights: Tree) -> tuple[Tree, Tree]:
         """The sums of both with the gradients of a phase's weights."""
