@@ -65,6 +65,11 @@ def after(made: Any) -> jax.Array:
     return known
 
 
+def stacked(parts: Sequence[Any]) -> Any:
+    """Trees as one, whose leaves are `[trees, ...]`."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+
+
 def joined(parts: Sequence[Any]) -> Any:
     """Trees one after the other along their leaves' first dimension."""
     return parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_jax.parallel.pipeline.arrays import choose, joined, where
+from deepseek_jax.parallel.pipeline.arrays import choose, joined, take, where
 from deepseek_jax.parallel.pipeline.schedule import StageMap
 from deepseek_jax.tree import Tree
 
@@ -62,8 +62,10 @@ class Phases:
             for number, total in enumerate(totals)
         )
 
-    def pick(self, by_phase: Sequence[Any], phase: Phase) -> Any:
-        """One phase's."""
+    def pick(self, by_phase: Sequence[Any] | Tree, phase: Phase) -> Any:
+        """One phase's, of a sequence or of stacked arrays `[phases, ...]`."""
+        if not isinstance(by_phase, Sequence):
+            return take(by_phase, jnp.asarray(phase))
         return by_phase[phase] if isinstance(phase, int) else choose(phase, by_phase)
 
     def _by_phase(self, by_slot: tuple) -> tuple:

@@ -19,18 +19,8 @@ from jax import lax
 
 from deepseek_jax.compat import to_varying
 from deepseek_jax.parallel.mesh import AXES
-from deepseek_jax.parallel.pipeline.arrays import (
-    add,
-    after,
-    choose,
-    joined,
-    parted,
-    put,
-    take,
-    where,
-    wide_zeros,
-    zeros,
-)
+from deepseek_jax.parallel.pipeline import arrays
+from deepseek_jax.parallel.pipeline.arrays import add, after, joined, parted, put, take, where, wide_zeros, zeros
 from deepseek_jax.parallel.pipeline.braid import braid
 from deepseek_jax.parallel.pipeline.phases import Phase, Phases
 from deepseek_jax.parallel.pipeline.protocol import LossScales, Streams
@@ -87,7 +77,9 @@ class _Run:
         self.batch = to_varying(jax.tree.map(with_empty, batch), AXES)
         steady = tables.steady if self.pattern else None
         self.phases = Phases(self.stages, self._mine(steady.f_slot[0]) if steady and self.stages.slots == 2 else None)
-        self.weights = self.phases.copies({kind: params[kind] for kind in STACKS if kind in params})
+        weights = self.phases.copies({kind: params[kind] for kind in STACKS if kind in params})
+        # Where no phase is known beforehand, one of several is read faster from a stack than chosen.
+        self.weights = weights if self.pattern or len(weights) == 1 else arrays.stacked(weights)
         self.state = self.phases.copies(state)
         self.ends = {name: tree for name, tree in params.items() if name not in STACKS}
         self.shared = {name: self.ends[name] for name in (self.model.shared_ends if "mtp" in params else ())}
@@ -350,8 +342,9 @@ class _Run:
         hidden = joined([zeros(self.shapes.out.hidden)] * self.stages.directions)
         batch = self._microbatches(jnp.full(self.stages.directions, -1))
         loss, sums = jax.eval_shape(lambda: self.model.finish(self.ends, hidden, batch, self.scales))
+        stacks = self.weights if isinstance(self.weights, dict) else arrays.stacked(self.weights)
         return Totals(
-            stacks=wide_zeros(jax.tree.map(lambda *leaves: jnp.stack(leaves), *self.weights)) if self.trains else {},
+            stacks=wide_zeros(stacks) if self.trains else {},
             shared=wide_zeros(self.shared) if self.trains else {},
             ends=wide_zeros(self.ends) if self.trains else {},
             loss=zeros(loss),
@@ -385,7 +378,7 @@ class _Run:
 
     def _of(self, by_direction: tuple, slot: jax.Array) -> Any:
         """The part of the direction whose microbatches a slot works on."""
-        return choose(jnp.maximum(slot, 0), by_direction)
+        return arrays.choose(jnp.maximum(slot, 0), by_direction)
 
     def _microbatch(self, number: Any) -> Any:
         """A microbatch by its number; the empty one for -1."""
