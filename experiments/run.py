@@ -316,7 +316,7 @@ def prepare_environment(environment: MutableMapping[str, str], *, virtual_device
 
 def prepare_for_stages(environment: MutableMapping[str, str], *, virtual_devices: int) -> None:
     """Gives a run with stages the threads it needs where each device has a core; call it before jax has devices."""
-    if 1 < virtual_devices and environment.get("NPROC") == str(virtual_devices):
+    if virtual_devices > 1 and environment.get("NPROC") == str(virtual_devices):
         environment["NPROC"] = str(16 * virtual_devices)
 
 
