@@ -84,10 +84,11 @@ def main(argv: Sequence[str]) -> int:
         if options.simulate_hosts and not options.print_config:
             return launch.simulate(argv, options)
         cluster = launch.find(options, os.environ)
+        threads_are_chosen = "NPROC" in os.environ
         prepare_environment(os.environ, virtual_devices=options.virtual_devices)
         devices = launch.total_virtual_devices(options, cluster)
         experiment, workdir = _resolve(options, positional, devices)
-        if experiment.parallel.pipe > 1:
+        if experiment.parallel.pipe > 1 and not threads_are_chosen:
             prepare_for_stages(os.environ, virtual_devices=options.virtual_devices)
         if options.print_config:
             from deepseek_jax.config_io import format_config
@@ -316,7 +317,7 @@ def prepare_environment(environment: MutableMapping[str, str], *, virtual_device
 
 def prepare_for_stages(environment: MutableMapping[str, str], *, virtual_devices: int) -> None:
     """Gives a run with stages the threads it needs where each device has a core; call it before jax has devices."""
-    if virtual_devices > 1 and environment.get("NPROC") == str(virtual_devices):
+    if virtual_devices > 1:
         environment["NPROC"] = str(16 * virtual_devices)
 
 

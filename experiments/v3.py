@@ -22,7 +22,7 @@ def pretrain() -> Experiment:
     """As published: 14.8T tokens in 16 stages of 128 devices, experts over 8 nodes of 8; corpus/ holds the tokens.
 
     Set data.sources.0.path and tokenizer.path for another folder. The batch ramps from 24 to 120 microbatches of one
-    row per stage; DualPipe needs 32 over 16 ranks, so the first 24 come with eight empty ones.
+    row per device; DualPipe needs 32 over 16 ranks, so the first 24 come with eight empty ones.
     """
     return Experiment(
         model=zoo.deepseek_v3(),

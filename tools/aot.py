@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import app, flags
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import ConfigError, require
@@ -37,13 +37,25 @@ SET = flags.DEFINE_multi_string("set", [], "change one value of the recipe: para
 SETTING = flags.DEFINE_integer(
     "setting", None, "the place in the ladder of room for tokens; none: the one that runs begin with", lower_bound=0
 )
-MICROBATCHES = flags.DEFINE_integer("microbatches", 1, "microbatches of the step that is compiled", lower_bound=1)
+MICROBATCHES = flags.DEFINE_integer(
+    "microbatches",
+    None,
+    "microbatches of the step that is compiled; none: as few as its schedule can have",
+    lower_bound=1,
+)
 HIDE = flags.DEFINE_bool("hide_latency", True, "compile with the scheduler that lays exchanges beside compute")
+MEMORY = flags.DEFINE_float(
+    "memory_gb", 151.4, "memory of a device: XLA hides no exchange where a program does not fit", lower_bound=1
+)
 DUMP = flags.DEFINE_string("dump", None, "write the compiled program to this file")
 
 
 def compile_step(
-    experiment: Experiment, microbatches: int, setting: int | None = None, options: Mapping[str, Any] | None = None
+    experiment: Experiment,
+    microbatches: int,
+    setting: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
 ):
     """The compiled step of an experiment on H200s, over a batch of so many microbatches a device.
 
@@ -52,11 +64,12 @@ def compile_step(
       microbatches: of a step.
       setting: the place in the ladder of room for tokens; none: the one that runs begin with.
       options: of the compiler.
+      mesh: of devices that exist in description only; none: H200s.
 
     Raises:
       ConfigError: the model does not fit the mesh, or jax cannot compile for GPUs here.
     """
-    trainer = abstract_trainer(experiment, h200_mesh(experiment.parallel))
+    trainer = abstract_trainer(experiment, mesh or h200_mesh(experiment.parallel))
     parallel = experiment.parallel
     rows = microbatches * (parallel.microbatch_rows or 1) * parallel.batch_shards
     shape = (rows, experiment.data.sequence_length + 1)
@@ -122,7 +135,11 @@ def main(argv: Sequence[str]) -> int:
         experiment = override_all(find_recipe(argv[1])(), SET.value)
         begin = time.perf_counter()
         options = LATENCY_HIDING if HIDE.value else {}
-        compiled = compile_step(experiment, MICROBATCHES.value, SETTING.value, options)
+        choice = experiment.parallel.schedule_choice
+        microbatches = MICROBATCHES.value or choice.fitting(1)
+        choice.make(microbatches)  # or says what it can have
+        mesh = h200_mesh(experiment.parallel, memory=round(MEMORY.value * 1e9))
+        compiled = compile_step(experiment, microbatches, SETTING.value, options, mesh)
     except (ConfigError, UsageError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -138,7 +155,7 @@ def main(argv: Sequence[str]) -> int:
     print("bytes per device: " + ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in parts.items()))
     print("collectives: " + ", ".join(f"{count} {name}" for name, count in count_collectives(program).items()))
     if experiment.parallel.pipe > 1:
-        print("\n".join(describe_loops(program, ring_rows(experiment, MICROBATCHES.value))))
+        print("\n".join(describe_loops(program, ring_rows(experiment, microbatches))))
     if DUMP.value:
         with open(DUMP.value, "w") as file:
             file.write(text)

@@ -106,6 +106,10 @@ def staged_model(
         loss = scales.main * main_sum + scales.mtp * mtp_sum
         return loss, {"loss_main": main_sum, "loss_mtp": mtp_sum}
 
+    ahead = None
+    if model.mtp is not None:
+        module: Any = model.mtp
+        ahead = Ahead(model.config.mtp_depth, join, layer_function(module.block), leave)
     layers = {kind: getattr(model, kind) for kind in ("dense", "moe")}
     return StagedModel(
         context=context,
@@ -113,7 +117,7 @@ def staged_model(
         embed=embed,
         layers={kind: layer_function(stack) for kind, stack in layers.items() if stack is not None},
         finish=finish,
-        ahead=Ahead(model.config.mtp_depth, join, leave) if model.config.mtp_depth else None,
+        ahead=ahead,
         shared_ends=("final_norm",),
         split_ends=("embedding", "head"),
         saved_activations=SAVED_ACTIVATIONS,

@@ -2,7 +2,7 @@
 
 A checkpoint knows canonical names, one array per layer and parameter with its global shape: `embedding.weight`,
 `layers.3.attention.kv_a.weight`, `mtp.0.projection.weight`, `final_norm.scale`, `head.weight`. A running step knows
-stacks `[stage, slot, ...]`, one per kind of layer, padded where stages are uneven. A `Placement` maps one to the
+stacks `[rank, slot, ...]`, one per kind of layer, padded where stages are uneven. A `Placement` maps one to the
 other, shard by shard, so nothing is ever gathered and any checkpoint restores onto any mesh.
 """
 
@@ -218,7 +218,7 @@ class ParameterLayout:
         return map_leaves(lambda spec: NamedSharding(self.mesh, spec), self.partition())
 
     def abstract(self, dtype=jnp.float32) -> Tree:
-        """A `ShapeDtypeStruct` with sharding per run-time array; stacked kinds are `[stage, slot, ...]`."""
+        """A `ShapeDtypeStruct` with sharding per run-time array; stacked kinds are `[rank, slot, ...]`."""
 
         def shape(kind, spec):
             return ((self.placement.ranks, self.placement.stack_size(kind)) if kind else ()) + spec.shape
@@ -270,25 +270,25 @@ class ParameterLayout:
         return arrays
 
     def _stack_one(self, kind: str, spec, layers: dict[tuple[int, int], jax.Array]) -> jax.Array:
-        stages, slots = self.placement.ranks, self.placement.stack_size(kind)
+        ranks, slots = self.placement.ranks, self.placement.stack_size(kind)
         dtype = next(iter(layers.values())).dtype
         sharding = NamedSharding(self.mesh, self._stacked(self._layer_partition(spec)))
-        shape = (stages, slots, *spec.shape)
+        shape = (ranks, slots, *spec.shape)
         local_shape = sharding.shard_shape(shape)[2:]
         rows: dict[jax.Device, list] = {}
         for device, index in sharding.addressable_devices_indices_map(shape).items():
             assert index is not None  # None would be a device without any part of it
-            stage = index[0].indices(stages)[0]
-            rows[device] = [layers.get((stage, slot)) for slot in range(slots)]
+            rank = index[0].indices(ranks)[0]
+            rows[device] = [layers.get((rank, slot)) for slot in range(slots)]
         shards = []
         for device, held in rows.items():
             pieces = [_shard_on(array, device, local_shape, dtype) for array in held]
             shards.append(jnp.stack(pieces)[None])
         return jax.make_array_from_single_device_arrays(shape, sharding, shards, dtype=dtype)
 
-    def _sharding(self, stage: int | None, spec) -> NamedSharding:
-        """Where a canonical array lives: on its stage's devices, or on all of them."""
-        devices = self.mesh.devices if stage is None else self.mesh.devices[stage : stage + 1]
+    def _sharding(self, rank: int | None, spec) -> NamedSharding:
+        """Where a canonical array lives: on its rank's devices, or on all of them."""
+        devices = self.mesh.devices if rank is None else self.mesh.devices[rank : rank + 1]
         return NamedSharding(mesh_of(devices), self._layer_partition(spec))
 
     def _layer_partition(self, spec) -> P:

@@ -41,7 +41,7 @@ gpu_device_info {
   memory_bandwidth: 4800000000000
   l2_cache_size: 52428800
   clock_rate_ghz: 1.98
-  device_memory_size: 151397597184
+  device_memory_size: {memory}
   cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
   device_vendor: "NVIDIA Corporation"
   name: "NVIDIA H200"
@@ -59,8 +59,12 @@ device_description_str: "NVIDIA H200"
 """An H200 as XLA describes a device (a GpuTargetConfigProto in text format)."""
 
 
-def h200_mesh(parallel: ParallelConfig) -> Mesh:
+def h200_mesh(parallel: ParallelConfig, *, memory: int = 151_397_597_184) -> Mesh:
     """A mesh of H200s that exist in the description only: programs compile for it, and nothing runs.
+
+    Args:
+      parallel: sizes of the axes.
+      memory: bytes of a device; more than there are show what the scheduler would do with a program that fits.
 
     Raises:
       ConfigError: jax has no CUDA plugin here, or the devices do not fill whole hosts of eight.
@@ -73,9 +77,10 @@ def h200_mesh(parallel: ParallelConfig) -> Mesh:
         count < DEVICES_PER_HOST or count % DEVICES_PER_HOST == 0,
         f"{count} devices do not fill hosts of {DEVICES_PER_HOST}; change parallel.data",
     )
+    described = H200.replace("{memory}", str(memory))
     hosts, each = max(count // DEVICES_PER_HOST, 1), min(count, DEVICES_PER_HOST)
     try:
-        topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology=f"1x{hosts}x{each}")
+        topology = topologies.get_topology_desc(platform="cuda", target_config=described, topology=f"1x{hosts}x{each}")
     except Exception as error:
         raise ConfigError(
             "compiling for GPUs needs jax's CUDA plugin, which needs no GPU: install the extra [cuda] "

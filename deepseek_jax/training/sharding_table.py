@@ -20,6 +20,7 @@ from deepseek_jax.config import require
 from deepseek_jax.model.targets import Microbatch
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.mesh import AXES, ParallelConfig
+from deepseek_jax.parallel.pipeline.steady import known_ticks
 from deepseek_jax.parallel.pipeline.tables import make_tables, work_shares
 from deepseek_jax.parallel.placement import KINDS, ParameterLayout, place
 from deepseek_jax.planning.collectives import Collective, collectives
@@ -36,7 +37,7 @@ class ParameterRow:
 
     name: str
     shape: tuple[int, ...]
-    """Global; stacked kinds of layers are `[stage, slot, ...]`."""
+    """Global; stacked kinds of layers are `[rank, slot, ...]`."""
     partition: tuple[tuple[str, ...], ...]
     """Of the master copy, its moments and its summed gradient: the mesh axes that split each dimension."""
     copy_dtype: str
@@ -160,7 +161,8 @@ def step_collectives(trainer: Trainer, shape: tuple[int, int]) -> tuple[Collecti
     if trainer.schedule.ranks == 1:
         return collectives(program)
     tables = make_tables(trainer.schedule.make(trainer.microbatches(shape)))
-    return collectives(program, work_shares(tables, steady=trainer.overlap != "off"))
+    steady = trainer.overlap != "off" and bool(known_ticks(tables.steady, tables.schedule.stages.slots))
+    return collectives(program, work_shares(tables, steady=steady))
 
 
 def sharding_table(experiment: Experiment) -> ShardingTable:

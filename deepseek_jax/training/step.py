@@ -56,11 +56,11 @@ from deepseek_jax.tree import Tree, flatten, map_leaves, unflatten
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a step changes. Parameters are float32 masters; stacked kinds are `[stage, slot, ...]`."""
+    """All that a step changes. Parameters are float32 masters; stacked kinds are `[rank, slot, ...]`."""
 
     params: Tree
     router_bias: Tree
-    """float32 `[stage, slot, E]` under the same names as the routers; not the optimizer's."""
+    """float32 `[rank, slot, E]` under the same names as the routers; not the optimizer's."""
     opt_state: Any
     step: Any
     """int32 scalar: optimizer steps taken."""
@@ -92,8 +92,20 @@ class Trainer:
         )
         self.model, self.placement, self.mesh, self.config = model, placement, mesh, config
         self.schedule = ScheduleChoice(config.schedule, mesh.shape["pipe"], config.chunks)
-        platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
-        self.overlap: Overlap = config.overlap or ("off" if platform == "cpu" else "braid")
+        # A mesh without devices stands for the GPUs that a recipe is meant for.
+        on_cpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
+        self.overlap: Overlap = config.overlap or ("off" if on_cpu else "braid")
+        stages, wanted = placement.stage_map, self.schedule.stage_map
+        require(
+            stages.stages == wanted.stages
+            and all(
+                stages.stage(rank, slot) == wanted.stage(rank, slot)
+                for rank in range(stages.ranks)
+                for slot in range(stages.stages // stages.ranks)
+            ),
+            f"layers are placed in {stages.kind} stages, schedule {config.schedule} runs {wanted.kind} ones: place "
+            "them with its stage_map",
+        )
         self._experts = ExpertMesh(mesh.shape["node"], mesh.shape["expert"])
         check_vocabulary(model.config.vocab_size, mesh.shape["pipe"])
         check_experts(model.config.moe, self._experts, choose_dispatcher(config.dispatcher, self._experts))
@@ -296,7 +308,9 @@ class Trainer:
 
     def _microbatch_rows(self, rows: int) -> int:
         """Rows of a microbatch, where a device has `rows`: in a pipeline one unless it is said."""
-        return min(self.config.microbatch_rows or (1 if self.schedule.ranks > 1 else rows), rows)
+        if self.schedule.ranks > 1:
+            return self.config.microbatch_rows or 1
+        return min(self.config.microbatch_rows or rows, rows)
 
     def _microbatches(self, batch: Microbatch, dispatcher: Dispatcher):
         rows = batch.tokens.shape[0]

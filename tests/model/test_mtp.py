@@ -82,7 +82,8 @@ def test_alignment_on_packed_documents():
         seen[-1].append(np.asarray(ctx.valid[0]))
         return x, jnp.zeros(()), LayerStats.none()
 
-    run = dataclasses.replace(staged_model(model), layers={"moe": record_valid})
+    run = staged_model(model)
+    run = dataclasses.replace(run, ahead=dataclasses.replace(run.ahead, layer=record_valid))
     only_mtp = {name: params[name] for name in ("embedding", "final_norm", "mtp")}
     with mock.patch.object(mtp.MTPModule, "join", record_embedding):
         Stage(run)(only_mtp, {}, run.embed(params, batch), batch, Occupied())
@@ -211,3 +212,12 @@ def test_depth_1_reads_what_the_main_norm_gives_and_does_not_end_with_it(hidden_
         np.testing.assert_allclose(got[0], before[0] * factor, rtol=1e-5)
     assert np.abs(uneven[1] - before[1]).max() > 0.1
     np.testing.assert_allclose(even[1], before[1], atol=1e-3)
+
+
+def test_a_model_without_moe_layers_has_modules_all_the_same():
+    config = small(num_layers=2, num_dense_layers=2, mtp_depth=1)
+    model, batch = Transformer(config), full(config, 1, 8)
+    params = weights(model)
+    loss, sums = jax.jit(lambda params: finish(model, params, jax.tree.map(jnp.asarray, batch)))(params)
+    assert np.isfinite(loss)
+    assert sums["loss_mtp"] > 1

@@ -28,7 +28,7 @@ from deepseek_jax.training.step import Trainer
 from deepseek_jax.training.step_config import StepConfig
 
 CONFIG = small(num_layers=17, num_dense_layers=2, mtp_depth=1)
-DEEPER = dataclasses.replace(CONFIG, mtp_depth=2)
+DEEPER = dataclasses.replace(CONFIG, mtp_depth=2, tie_embeddings=True)
 LENGTH, RATE = 12, 0.2
 SCHEDULES = (
     "gpipe", "one_f_one_b", "eager_one_f_one_b", "interleaved_one_f_one_b", "zb_h1", "dualpipe", "dualpipe_v"
@@ -116,10 +116,30 @@ def test_what_is_recomputed_changes_nothing(recompute):
 
 @pytest.mark.slow
 def test_stages_as_the_user_cuts_them_and_two_mtp_modules():
-    """A first stage of dense layers alone, a last one of MTP modules and one layer, in tails of two slots."""
+    """A first stage of dense layers alone, a last one of MTP modules and one layer, in tails of two slots; and one
+    matrix for both ends, which gets gradients from both."""
     parallel = ParallelConfig(pipe=4, data=2, layers_per_stage=(2, 6, 8, 1), microbatch_rows=1)
     with jax.enable_x64(True):
         assert_same_course(make(parallel, DEEPER), 16, DEEPER)
+
+
+OWN = """
+schedule own
+stages straight
+ranks 2
+microbatches 4
+rank 0: F0.0 F0.1 F0.2 B0.0 F0.3+B0.1+W0.0 B0.2+W0.1 B0.3+W0.2 W0.3
+rank 1: F0.0 B0.0 F0.1 B0.1+W0.0 F0.2 B0.2+W0.1 F0.3 B0.3+W0.2 W0.3
+"""
+"""Every B but the first beside the W of the microbatch before, which no generator does."""
+
+
+@pytest.mark.slow
+def test_an_own_schedule_with_a_weight_gradient_beside_the_next_input_gradient(tmp_path):
+    path = tmp_path / "own.txt"
+    path.write_text(OWN)
+    with jax.enable_x64(True):
+        assert_same_course(make(ParallelConfig(pipe=2, expert=2, schedule=str(path), microbatch_rows=2)), 15)
 
 
 @pytest.mark.slow

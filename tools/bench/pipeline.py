@@ -35,7 +35,7 @@ from typing import Any
 from absl import app, flags
 
 from deepseek_jax.config import AttentionConfig, ModelConfig, MoEConfig
-from experiments.run import prepare_environment
+from experiments.run import prepare_environment, prepare_for_stages
 from tools.bench.common import machine
 
 RESULT = Path(__file__).parent / "results"
@@ -150,6 +150,7 @@ def measure_work(pipe: str) -> list[dict]:
     """Per schedule, and per sequential baseline, processor and wall seconds of each turn, and what a trace counted."""
     ranks = int(pipe)
     prepare_environment(os.environ, virtual_devices=ranks)
+    prepare_for_stages(os.environ, virtual_devices=ranks)
     from deepseek_jax.parallel.pipeline.generators import GENERATORS
 
     rows = microbatches_of(ranks)
@@ -280,6 +281,7 @@ def report_work() -> str:
 def measure_compile(ranks: str, microbatches: str, schedule: str, overlap: str) -> dict:
     """Seconds of processor time to trace, lower and compile, and the sizes of what comes out."""
     prepare_environment(os.environ, virtual_devices=int(ranks))
+    prepare_for_stages(os.environ, virtual_devices=int(ranks))
     import jax
 
     jax.devices()
@@ -381,7 +383,7 @@ def stage_bytes(trainer, shape: tuple[int, int]):
                 output=size(shapes.out.hidden),
                 residual=size(shapes.residual),
                 stash=size(shapes.stash),
-                weights=size(run.weights[0]),
+                weights=size(run.weights) // schedule.stages.slots,
                 gradients=size(totals.stacks) // schedule.stages.slots,
                 ends=size(run.ends),
                 ends_gradients=size((totals.ends, totals.shared)),

@@ -33,7 +33,12 @@ class ScheduleChoice:
         if self.ranks == 1:
             return make_schedule("one_rank", 1, microbatches)
         if not self.name.endswith(SUFFIX):
-            return make_schedule(self.name, self.ranks, microbatches, chunks=self.chunks)
+            try:
+                return make_schedule(self.name, self.ranks, microbatches, chunks=self.chunks)
+            except ConfigError as error:
+                chunks = f" parallel.chunks={self.chunks}" if self.chunks else ""
+                fields = f"parallel.schedule={self.name} parallel.pipe={self.ranks}{chunks}"
+                raise ConfigError(f"{fields}: {error}") from None
         own = self._own
         require(
             own.microbatches == microbatches,
@@ -48,7 +53,17 @@ class ScheduleChoice:
         Raises:
           ConfigError: there is no schedule of this name and so many ranks.
         """
-        return _fitting(self, microbatches)
+        if self.ranks == 1:
+            return microbatches
+        if not self.name.endswith(SUFFIX):
+            return _fitting(self, microbatches)
+        most = self._own.microbatches
+        require(
+            microbatches <= most,
+            f"parallel.schedule={self.name} is for {most} microbatches, a batch has {microbatches}: change the batch "
+            "or parallel.microbatch_rows, or write a schedule for it",
+        )
+        return most
 
     @functools.cached_property
     def stage_map(self) -> StageMap:
@@ -57,6 +72,7 @@ class ScheduleChoice:
 
     @functools.cached_property
     def _own(self) -> Schedule:
+        require(self.chunks is None, f"parallel.chunks={self.chunks} does not go with a schedule of one's own")
         own = read_schedule(self.name)
         require(
             own.ranks == self.ranks,
@@ -67,16 +83,6 @@ class ScheduleChoice:
 
 @functools.cache
 def _fitting(choice: ScheduleChoice, microbatches: int) -> int:
-    if choice.ranks == 1:
-        return microbatches
-    if choice.name.endswith(SUFFIX):
-        most = choice._own.microbatches
-        require(
-            microbatches <= most,
-            f"parallel.schedule={choice.name} is for {most} microbatches, a batch has {microbatches}: change the "
-            "batch or parallel.microbatch_rows, or write a schedule for it",
-        )
-        return most
     refusal: ConfigError | None = None
     for count in range(microbatches, max(microbatches, 2 * choice.ranks) + 2 * choice.ranks + 1):
         try:

@@ -70,6 +70,8 @@ class Ahead:
     join: Callable[[int, Tree, Tree, Any, Any], Any]
     """`join(k, params, ends, hidden, embedding) -> x`: what the layer of module k (from 0) reads; hidden is the main
     model's for k = 0, else what module k - 1 left."""
+    layer: LayerFunction
+    """The layer of a module, an MoE layer."""
     leave: Callable[[Tree, Any], Any]
     """`leave(params, x) -> hidden`: what the module leaves, of what its layer made."""
 

@@ -123,7 +123,7 @@ class Stage(NamedTuple):
         join = functools.partial(ahead.join, k, params, ends)
         x = join(hidden, embedding) if last is True else _cond(last, join, lambda h, _: h, hidden, embedding)
         ctx = self.model.narrow(ctx, real, (k + 1, last))
-        y, aux, stats = self.model.layers["moe"](params["block"], x, ctx)
+        y, aux, stats = ahead.layer(params["block"], x, ctx)
         y, aux = _if_real(real, y, x), _if_real(real, aux, jnp.zeros_like(aux))
         return (ahead.leave(params, y) if last is True else jnp.where(last, ahead.leave(params, y), y)), aux, stats
 

@@ -172,7 +172,7 @@ _RING_OF = {
 
 
 def work_shares(tables: TickTables, *, steady: bool) -> dict[str, Fraction]:
-    """Of the ticks that a program runs with conditionals, the share in which each is taken, on the first rank.
+    """Of the ticks whose work a program may leave out, the share in which it does not, on the first rank.
 
     Args:
       tables: of the schedule.

@@ -159,7 +159,7 @@ class _Run:
     def _when(self, name: str, predicate: jax.Array, known: Tick | bool | None, at: dict, run: Callable) -> Any:
         """`run(at)`, or zeros where the predicate is false; in a steady tick it is known what it is.
 
-        The name, a key of `tables.work_shares`, is the scope of the conditional.
+        The name, a key of `tables.work_shares`, is the scope of the conditional or of the loop.
         """
         return self._adding(name, predicate, known, at, lambda at: (run(at), ()), ())[0]
 
