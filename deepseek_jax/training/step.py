@@ -92,9 +92,10 @@ class Trainer:
         )
         self.model, self.placement, self.mesh, self.config = model, placement, mesh, config
         self.schedule = ScheduleChoice(config.schedule, mesh.shape["pipe"], config.chunks)
-        # A mesh without devices stands for the GPUs that a recipe is meant for.
-        on_cpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
-        self.overlap: Overlap = config.overlap or ("off" if on_cpu else "braid")
+        # A mesh without devices stands for GPUs; steady ticks send what braided ones do, and say more of what for.
+        platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else None
+        best: Overlap = "steady" if platform is None else "off" if platform == "cpu" else "braid"
+        self.overlap: Overlap = config.overlap or best
         stages, wanted = placement.stage_map, self.schedule.stage_map
         require(
             stages.stages == wanted.stages

@@ -182,7 +182,8 @@ class _Run:
         turned = lambda turn, *sums: run({column: value + turn for column, value in at.items()}, *sums)  # noqa: E731
         checked = lambda turn, *sums: to_varying(turned(turn, *sums), AXES)  # noqa: E731
         if known:
-            return checked(0, *sums)
+            with jax.named_scope(name):
+                return checked(0, *sums)
         shapes, _ = jax.eval_shape(checked, 0, *sums)
         if known is False:
             return zeros(shapes), sums
