@@ -81,15 +81,17 @@ def test_initial_weights_are_the_same_in_every_layout(weights, name):
 def test_uneven_stages_are_padded_with_zeros(weights):
     target = layout(*LAYOUTS["two_unequal_stages"])
     tree = target.stack(moved(weights, target))
-    # Stage 0 holds the dense layer and MoE layers 1 and 2, stage 1 holds MoE layer 3 and the MTP module.
-    router = np.asarray(tree["moe"]["ffn"]["router"]["weight"])
-    assert router.shape[:2] == (2, 2)
-    np.testing.assert_array_equal(router[0, 1], weights["layers.2.ffn.router.weight"])
-    np.testing.assert_array_equal(router[1, 0], weights["layers.3.ffn.router.weight"])
-    np.testing.assert_array_equal(router[1, 1], 0)
+    # Stage 0 holds the dense layer and MoE layers 1 and 2, the second in its tail; stage 1 holds MoE layer 3, and the
+    # MTP module in its tail.
+    router, tail = (np.asarray(of["ffn"]["router"]["weight"]) for of in (tree["moe"], tree["mtp"]["block"]))
+    assert router.shape[:2] == tail.shape[:2] == (2, 1)
+    np.testing.assert_array_equal(router[:, 0], [weights[f"layers.{i}.ffn.router.weight"] for i in (1, 3)])
+    names = ("layers.2.ffn", "mtp.0.block.ffn")
+    np.testing.assert_array_equal(tail[:, 0], [weights[f"{name}.router.weight"] for name in names])
+    np.testing.assert_array_equal(tree["mtp"]["projection"]["weight"][0], 0)
     np.testing.assert_array_equal(tree["dense"]["attention"]["o"]["weight"][1], 0)
-    assert [(stage, slot) for stage, slot, _ in target.placement.layers("moe")] == [(0, 0), (0, 1), (1, 0)]
-    assert [(stage, slot) for stage, slot, _ in target.placement.layers("mtp")] == [(1, 0)]
+    assert list(target.placement.layers("moe")) == [(0, 0, "layers.1"), (1, 0, "layers.3")]
+    assert list(target.placement.layers("mtp")) == [(0, 0, "layers.2"), (1, 0, "mtp.0")]
 
 
 def test_every_stage_holds_its_own_layers_only():
@@ -120,5 +122,5 @@ def test_a_checkpoint_restores_into_unequal_stages_and_back(weights, tmp_path, d
         staged = two.stack(store.restore(1, two.canonical(dtype)))
         store.save(2, two.unstack(staged), {}, wait=True)
         back = one.stack(store.restore(2, one.canonical(dtype)))
-    assert staged["moe"]["attention"]["o"]["weight"].shape[:2] == (2, 2)
+    assert staged["moe"]["attention"]["o"]["weight"].shape[:2] == (2, 1)
     assert_equal(one.unstack(back), source)
