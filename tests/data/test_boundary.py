@@ -98,7 +98,7 @@ def test_held_out_rows_are_never_split(config, tokenizer, combined):
         rows.extend(tokens[mask][1:] for tokens, mask in zip(np.asarray(batch.tokens), real, strict=True))
         return 0.0, targets(batch).weights.sum()
 
-    trainer = types.SimpleNamespace(mesh=make_mesh(ParallelConfig()), evaluate=evaluate)
+    trainer = types.SimpleNamespace(mesh=make_mesh(ParallelConfig()), evaluate=evaluate, padded_rows=lambda rows: rows)
     assert HeldoutEvaluator(experiment(config.sources[0].path, data=data), trainer, tokenizer)(None, complete=True)
     framed = [
         np.array([tokenizer.bos_id, *tokenizer.encode(document.text), tokenizer.eos_id])

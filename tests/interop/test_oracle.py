@@ -147,6 +147,7 @@ def mtp_logits(model: Transformer, tokens: jax.Array) -> list[jax.Array]:
     graphdef, stacked = nnx.split(model.mtp)
     for depth in range(1, model.config.mtp_depth + 1):
         module = nnx.merge(graphdef, jax.tree.map(lambda leaf, index=depth - 1: leaf[index], stacked))
-        hidden = module(hidden, model.embedding(shift_left(tokens, depth)), ctx)[0]
+        joined = module.join(hidden, model.embedding(shift_left(tokens, depth)))
+        hidden = module.leave(module.block(joined, ctx)[0])
         predictions.append(model.logits(hidden))
     return predictions
