@@ -307,16 +307,19 @@ def prepare_environment(environment: MutableMapping[str, str], *, virtual_device
     environment["JAX_PLATFORMS"] = "cpu"
     # A collective occupies a thread of XLA's until all devices have come to it. Those of a train step without pipeline
     # stages follow one another, so a thread per device is enough, and more take turns on the cores and spoil each
-    # other's caches. Simulated meshes run programs of any kind: a tick of a pipeline sends up to a dozen arrays at
-    # once, and with too few threads devices wait for each other forever.
+    # other's caches. Simulated meshes run programs of any kind, and hang now and then with few threads.
     if 1 < virtual_devices <= usable_cores():
         environment.setdefault("NPROC", str(virtual_devices))
     elif virtual_devices > 1:
-        environment.setdefault("NPROC", str(16 * virtual_devices))
+        environment.setdefault("NPROC", str(max(32, 4 * virtual_devices)))
 
 
 def prepare_for_stages(environment: MutableMapping[str, str], *, virtual_devices: int) -> None:
-    """Gives a run with stages the threads it needs where each device has a core; call it before jax has devices."""
+    """Gives a run with pipeline stages the threads that it needs; call it before jax has devices.
+
+    A tick sends up to a dozen arrays at once, and with too few threads devices wait for each other forever. More for
+    all would be too many: XLA cuts each program into as many parts as there are threads, and maps each into memory.
+    """
     if virtual_devices > 1:
         environment["NPROC"] = str(16 * virtual_devices)
 

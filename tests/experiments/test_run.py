@@ -318,7 +318,7 @@ def test_virtual_devices_set_what_jax_reads(monkeypatch):
         "XLA_FLAGS": "--xla_cpu_collective_call_terminate_timeout_seconds=5 --other "
         "--xla_force_host_platform_device_count=16 --xla_cpu_multi_thread_eigen=false",
         "JAX_PLATFORMS": "cpu",
-        "NPROC": "256",
+        "NPROC": "64",
         "PATH": "p",
     }
     untouched = {"XLA_FLAGS": "--other"}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.run import prepare_environment
+from experiments.run import prepare_environment, prepare_for_stages
 
 DEVICES = 8
 TIMEOUT_SECONDS = 900
@@ -51,6 +51,8 @@ class IsolatedRun(pytest.Item):
     def runtest(self) -> None:
         environment = os.environ | {_INSIDE: str(DEVICES)}
         prepare_environment(environment, virtual_devices=DEVICES)
+        if "pipeline" in self.path.name:
+            prepare_for_stages(environment, virtual_devices=DEVICES)
         environment["XLA_FLAGS"] += " " + _COMPILE_QUICKLY
         command = [sys.executable, "-m", "pytest", str(self.path), "-p", "no:cacheprovider", "-rs", "--tb=short"]
         command += ["-m", self.config.option.markexpr] if self.config.option.markexpr else []
