@@ -66,7 +66,7 @@ def batches():
         yield packed(CONFIG, rows if step < STEPS - 1 else [[7], *[[]] * 7], length=LENGTH, seed=step % 2)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)  # a process may map no more than so many compiled programs into memory
 def runner(mesh: str | ParallelConfig | None, dtype, optimizer=gradient_descent, **changes):
     parallel, dispatcher = MESHES[mesh] if isinstance(mesh, str) else (mesh or ParallelConfig(), None)
     return quickly(
