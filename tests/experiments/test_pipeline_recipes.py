@@ -76,6 +76,7 @@ def test_a_batch_that_never_fits_is_refused_with_what_would():
     with pytest.raises(ConfigError) as error:
         check_pipeline(experiment, abstract_trainer(experiment))
     assert str(error.value) == (
-        "parallel.schedule=dualpipe parallel.pipe=16: dualpipe over 16 ranks needs at least 32 microbatches (16 each way), not 24; the largest batch is 3072 rows "
+        "parallel.schedule=dualpipe parallel.pipe=16: dualpipe over 16 ranks needs at least 32 microbatches (16 each "
+        "way), not 24; the largest batch is 3072 rows "
         "over 128 devices in microbatches of 1: raise schedule.batch_rows to 4096 or choose another parallel.schedule"
     )
