@@ -96,6 +96,11 @@ class Trainer:
         platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else None
         best: Overlap = "steady" if platform is None else "off" if platform == "cpu" else "braid"
         self.overlap: Overlap = config.overlap or best
+        self._experts = ExpertMesh(mesh.shape["node"], mesh.shape["expert"])
+        check_vocabulary(model.config.vocab_size, mesh.shape["pipe"])
+        check_experts(model.config.moe, self._experts, choose_dispatcher(config.dispatcher, self._experts))
+        self.params_layout = ParameterLayout(parameter_specs(model), placement, mesh, zero=config.zero)
+        self.bias_layout = ParameterLayout(parameter_specs(model, RouterBias), placement, mesh)
         stages, wanted = placement.stage_map, self.schedule.stage_map
         require(
             stages.stages == wanted.stages
@@ -107,11 +112,6 @@ class Trainer:
             f"layers are placed in {stages.kind} stages, schedule {config.schedule} runs {wanted.kind} ones: place "
             "them with its stage_map",
         )
-        self._experts = ExpertMesh(mesh.shape["node"], mesh.shape["expert"])
-        check_vocabulary(model.config.vocab_size, mesh.shape["pipe"])
-        check_experts(model.config.moe, self._experts, choose_dispatcher(config.dispatcher, self._experts))
-        self.params_layout = ParameterLayout(parameter_specs(model), placement, mesh, zero=config.zero)
-        self.bias_layout = ParameterLayout(parameter_specs(model, RouterBias), placement, mesh)
         self.optimizer = optimizer(self.params_layout.specs)
         self.layers = LayerRows(placement, mesh)
         self.room, self._evaluation_room = RoomControl(), RoomControl()

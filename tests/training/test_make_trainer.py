@@ -71,7 +71,9 @@ def test_what_a_mesh_cannot_hold_is_refused_in_one_line():
     """Before any device work: stages, and experts, groups or dispatchers that do not fit the devices."""
     refused = {
         "2 stages are more than the model's 1 layers": ParallelConfig(pipe=2),
-        "dualpipe needs an even number of ranks, not 3": ParallelConfig(pipe=3),
+        "parallel.schedule=dualpipe parallel.pipe=3: dualpipe needs an even number of ranks, not 3": ParallelConfig(
+            pipe=3
+        ),
         "parallel.layers_per_stage=(1, 1) is for 2 stages with 2 layers": ParallelConfig(
             pipe=2, layers_per_stage=(1, 1)
         ),
