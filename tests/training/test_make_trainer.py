@@ -77,7 +77,9 @@ def test_what_a_mesh_cannot_hold_is_refused_in_one_line():
         "parallel.layers_per_stage=(1, 1) is for 2 stages with 2 layers": ParallelConfig(
             pipe=2, layers_per_stage=(1, 1)
         ),
-        "chunks belong to interleaved_one_f_one_b": ParallelConfig(pipe=2, chunks=2),
+        "parallel.schedule=dualpipe parallel.pipe=2 parallel.chunks=2: chunks belong to": ParallelConfig(
+            pipe=2, chunks=2
+        ),
         "the mesh pipe 1 x data 1 x node 1 x expert 4 needs 4 devices": ParallelConfig(expert=4),
     }
     for line, parallel in refused.items():
