@@ -7,7 +7,7 @@ import pytest
 
 from deepseek_jax.parallel.pipeline.schedule import StageMap
 from deepseek_jax.parallel.placement import place
-from tools.bench.pipeline import model_of
+from tools.bench.pipeline_cases import model_of
 
 
 def test_simulated_bubbles_equal_the_published_formulas():

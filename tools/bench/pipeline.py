@@ -22,11 +22,9 @@ import datetime
 import importlib.metadata
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,16 +32,17 @@ from typing import Any
 
 from absl import app, flags
 
-from deepseek_jax.config import AttentionConfig, ModelConfig, MoEConfig
 from experiments.run import prepare_environment, prepare_for_stages
 from tools.bench.common import machine
+from tools.bench.pipeline_cases import lowered, make_trainer, model_of
+from tools.bench.pipeline_memory import measure_memory
+from tools.bench.pipeline_work import measure_work
 
 RESULT = Path(__file__).parent / "results"
 PARTS = ("work", "compile", "memory", "bubble")
 SCHEDULES = (
     *("gpipe", "one_f_one_b", "eager_one_f_one_b", "interleaved_one_f_one_b", "zb_h1", "dualpipe", "dualpipe_v"),
 )
-LENGTH = 512
 OVERLAPS = ("off", "steady", "braid")
 
 _PART = flags.DEFINE_multi_enum("part", [], PARTS, "what to measure; default: all")
@@ -51,7 +50,10 @@ _MEASURE = flags.DEFINE_string("measure", None, "measure one case in this proces
 _RANKS = flags.DEFINE_multi_integer("ranks", [], "pipeline ranks; default: those of the part")
 _SCHEDULES = flags.DEFINE_multi_enum("schedule", [], SCHEDULES, "schedules; default: all")
 _OVERLAP = flags.DEFINE_multi_enum("overlap", ["off"], OVERLAPS, "how steady ticks are run")
-_RECOMPUTE = flags.DEFINE_enum("recompute", "none", ["none", "selective", "full"], "in work: what is computed again")
+_RECOMPUTE = flags.DEFINE_enum(
+    "recompute", "selective", ["none", "selective", "full"], "in work: what is computed again"
+)
+_TOKENS = flags.DEFINE_integer("tokens", 512, "in work: tokens of a microbatch", lower_bound=1)
 _TURNS = flags.DEFINE_integer("turns", 5, "in work: timed steps of each, in turn, after one that is not", lower_bound=1)
 _TRACES = flags.DEFINE_string("traces", None, "in work: keep traces and compiled programs in this folder")
 _WRITE = flags.DEFINE_bool("write", False, "write each table to tools/bench/results/pipeline_PART.md")
@@ -74,186 +76,24 @@ def main(argv):
 def run_alone(case: str) -> Any:
     """One measurement in a fresh process, with the flags of this one."""
     given = [f"--{flag.name}={value}" for flag in (_OVERLAP, _SCHEDULES) for value in flag.value]
-    given += [f"--{flag.name}={flag.value}" for flag in (_RECOMPUTE, _TURNS, _TRACES) if flag.value is not None]
+    given += [
+        f"--{flag.name}={flag.value}" for flag in (_RECOMPUTE, _TOKENS, _TURNS, _TRACES) if flag.value is not None
+    ]
     command = [sys.executable, "-m", "tools.bench.pipeline", f"--measure={case}", *given]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# --- a model, a trainer -----------------------------------------------------------------------------------------------
-
-
-def model_of(stages: int, *, hidden: int = 256) -> ModelConfig:
-    """DeepSeek-V3's layers, one dense and 16 MoE slots, which 2, 4, 8 or 16 stages fill without padding.
-
-    The MTP module takes the last slot; 16 stages have one slot each and no MTP, since every stage has a layer.
-    """
-    mtp = int(stages < 16)
-    return ModelConfig(
-        vocab_size=2048,
-        hidden_size=hidden,
-        num_layers=17 - mtp,
-        num_dense_layers=1,
-        dense_ffn_size=3 * hidden,
-        mtp_depth=mtp,
-        attention=AttentionConfig(
-            **{"num_heads": 4, "q_lora_rank": 3 * hidden // 8, "kv_lora_rank": hidden // 4},
-            **{"qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32},
-        ),
-        moe=MoEConfig(
-            num_experts=4, experts_per_token=2, expert_ffn_size=hidden // 2, num_groups=1, groups_per_token=1
-        ),
-    )
-
-
-def make_trainer(config: ModelConfig, *, pipe: int, schedule: str = "dualpipe", devices=None, **options):
-    """A trainer of plain gradient descent on the first `pipe` devices, so that a step is little but gradients."""
-    import jax
-    import optax
-
-    from deepseek_jax.model.transformer import Transformer
-    from deepseek_jax.parallel.mesh import ParallelConfig, make_mesh
-    from deepseek_jax.parallel.placement import place
-    from deepseek_jax.training.step import Trainer
-    from deepseek_jax.training.step_config import StepConfig
-
-    parallel = ParallelConfig(pipe=pipe, schedule=schedule)
-    mesh = make_mesh(parallel, jax.devices()[:pipe] if devices is None else devices)
-    placement = place(config, stage_map=parallel.schedule_choice.stage_map)
-    options = StepConfig(schedule=schedule, microbatch_rows=1, force_balance=True, **options)
-    return Trainer(Transformer(config), placement, mesh, lambda specs: optax.identity(), options)
-
-
-def lowered(trainer, rows: int, length: int):
-    """The step for so many rows, lowered from shapes."""
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import NamedSharding
-
-    from deepseek_jax.model.targets import Microbatch
-    from deepseek_jax.parallel.sharding import BATCH_SPEC
-    from deepseek_jax.training.sharding_table import abstract_state
-    from deepseek_jax.training.step import Hyperparameters
-
-    split, everywhere = (NamedSharding(trainer.mesh, spec) for spec in (BATCH_SPEC, jax.P()))
-    tokens = jax.ShapeDtypeStruct((rows, length + 1), jnp.int32, sharding=split)
-    scalar: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
-    hyper = Hyperparameters(scalar, scalar, scalar)
-    return trainer.lower(abstract_state(trainer), Microbatch(*[tokens] * len(Microbatch._fields)), hyper)
-
-
 # --- total work -------------------------------------------------------------------------------------------------------
-
-
-def measure_work(pipe: str) -> list[dict]:
-    """Per schedule, and per sequential baseline, processor and wall seconds of each turn, and what a trace counted."""
-    ranks = int(pipe)
-    prepare_environment(os.environ, virtual_devices=ranks)
-    prepare_for_stages(os.environ, virtual_devices=ranks)
-    from deepseek_jax.parallel.pipeline.generators import GENERATORS
-
-    rows = microbatches_of(ranks)
-    cases: dict[str, tuple[int, Callable]] = {}
-    for schedule in _SCHEDULES.value or SCHEDULES:
-        stages = GENERATORS[schedule](ranks, rows).stages.stages
-        base = f"sequential, {stages} stages" if stages == 16 else "sequential"
-        if base not in cases:
-            make = lambda stages=stages: make_trainer(model_of(stages), pipe=1, recompute=_RECOMPUTE.value)  # noqa: E731
-            cases[base] = stages, make
-        for overlap in _OVERLAP.value:
-            make = lambda stages=stages, schedule=schedule, overlap=overlap: make_trainer(  # noqa: E731
-                model_of(stages), pipe=ranks, schedule=schedule, overlap=overlap, recompute=_RECOMPUTE.value
-            )
-            cases[f"{schedule}, {overlap}"] = stages, make
-    runs = {case: Run(case, make(), rows) for case, (_, make) in cases.items()}
-    # After compiling, which profits from more.
-    share_one_core()
-    for turn in range(1 + _TURNS.value):
-        for run in runs.values():
-            run.step(timed=turn > 0)
-    found = []
-    for case, (stages, _) in cases.items():
-        base = case if case.startswith("sequential") else "sequential, 16 stages" if stages == 16 else "sequential"
-        found.append({"case": case, "base": base, "ranks": ranks, "rows": rows, **runs[case].result()})
-    return found
-
-
-def microbatches_of(ranks: int) -> int:
-    """How many there are in a step of the measurements: enough for every schedule."""
-    return max(8, 2 * ranks)
-
-
-def share_one_core() -> None:
-    """Puts every thread of this process on one core, where the system can."""
-    if hasattr(os, "sched_setaffinity"):
-        core = {min(os.sched_getaffinity(0))}
-        for thread in os.listdir("/proc/self/task"):
-            os.sched_setaffinity(int(thread), core)
-
-
-class Run:
-    """A compiled step and its state."""
-
-    def __init__(self, case: str, trainer, rows: int):
-        import jax
-        import numpy as np
-        from jax.sharding import NamedSharding
-
-        from deepseek_jax.model.targets import Microbatch
-        from deepseek_jax.parallel.sharding import BATCH_SPEC
-        from deepseek_jax.training.step import Hyperparameters
-
-        begin = time.process_time()
-        self.case, self.compiled = case, lowered(trainer, rows, LENGTH).compile()
-        print(f"{case}: compiled in {time.process_time() - begin:.0f} s of processor time", file=sys.stderr)
-        self.state = trainer.initial_state(0)
-        shape = (rows, LENGTH + 1)
-        tokens = np.random.default_rng(0).integers(0, trainer.model.config.vocab_size, shape).astype(np.int32)
-        ones, positions = np.ones_like(tokens), np.broadcast_to(np.arange(LENGTH + 1, dtype=np.int32), shape)
-        batch = Microbatch(tokens, ones, positions, ones)
-        self.batch = jax.device_put(batch, NamedSharding(trainer.mesh, BATCH_SPEC))
-        scalars = Hyperparameters(*(np.float32(x) for x in (1e-4, 0.3, 0.001)))
-        self.hyper = jax.device_put(scalars, NamedSharding(trainer.mesh, jax.P()))
-        self.processor: list[float] = []
-        self.wall: list[float] = []
-        self.loss = 0.0
-
-    def step(self, *, timed: bool) -> None:
-        """One step."""
-        import jax
-
-        wall, processor = time.perf_counter(), time.process_time()
-        self.state, metrics = jax.block_until_ready(self.compiled(self.state, self.batch, self.hyper))
-        if timed:
-            self.processor.append(time.process_time() - processor)
-            self.wall.append(time.perf_counter() - wall)
-        self.loss = float(metrics.loss)
-
-    def result(self) -> dict:
-        """Times, and the FLOPs and kinds of work of one more step, which is traced."""
-        import jax
-
-        from deepseek_jax.planning.compiled import read_program
-        from tools.bench.trace import read_trace
-
-        text = self.compiled.as_text()
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(_TRACES.value) / re.sub(r"\W+", "_", self.case) if _TRACES.value else Path(scratch)
-            with jax.profiler.trace(folder):
-                self.step(timed=False)
-            if _TRACES.value:
-                (folder / "program.txt").write_text(text)
-            traced = read_trace(folder, read_program(text))
-        return {"processor": self.processor, "wall": self.wall, "loss": self.loss, **traced}
 
 
 def report_work() -> str:
     """The table of total work."""
     lines = [
         *heading("Total work of a step, against sequential gradient accumulation", "work"),
-        f"Float32, recompute {_RECOMPUTE.value}; one dense layer, 16 MoE slots of width 256, one sequence of {LENGTH} "
-        "tokens a microbatch; all ranks on one core. Processor seconds of a step, medians of "
+        f"Float32, recompute {_RECOMPUTE.value}; one dense layer, 16 MoE slots of width 256, one sequence of "
+        f"{_TOKENS.value} tokens a microbatch; all ranks on one core. Processor seconds of a step, medians of "
         f"{_TURNS.value} turns; times: the median over turns of the ratio to the baseline in the same turn. FLOPs are "
         "of all matrix products that ran; seconds by kind are from one traced step. Goals: 1.10 at 2 and 4 "
         "ranks, 1.15 at 8.",
@@ -326,84 +166,6 @@ def report_compile() -> str:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def measure_memory(ranks: str, microbatches: str, schedule: str, overlap: str) -> dict:
-    """Bytes of temporaries that XLA plans for a device, and what the schedule says that it must hold."""
-    from deepseek_jax.parallel.mesh import ParallelConfig
-    from deepseek_jax.parallel.pipeline.tables import make_tables
-    from deepseek_jax.planning.gpu_target import h200_mesh
-    from deepseek_jax.planning.pipeline_memory import pipeline_memory
-
-    config = memory_model(int(ranks))
-    mesh = h200_mesh(ParallelConfig(pipe=int(ranks), schedule=schedule))
-    trainer = make_trainer(
-        config,
-        pipe=int(ranks),
-        schedule=schedule,
-        devices=list(mesh.devices.flat),
-        overlap=overlap,
-        recompute="selective",
-    )
-    plan = lowered(trainer, int(microbatches), 1024).compile().memory_analysis()
-    tables = make_tables(trainer.schedule.make(int(microbatches)))
-    expected = pipeline_memory(tables, stage_bytes(trainer, (int(microbatches), 1025)))
-    return {"temporaries": plan.temp_size_in_bytes, **dataclasses.asdict(expected), "total": expected.total}
-
-
-def stage_bytes(trainer, shape: tuple[int, int]):
-    """`StageBytes` of a trainer's stages, traced for a global batch of this shape."""
-    import jax
-    import jax.numpy as jnp
-
-    from deepseek_jax.model.targets import Microbatch
-    from deepseek_jax.parallel.pipeline.protocol import LossScales
-    from deepseek_jax.parallel.pipeline.stage import Stage
-    from deepseek_jax.parallel.pipeline.tables import make_tables
-    from deepseek_jax.parallel.pipeline.ticks import Machine, _Run
-    from deepseek_jax.parallel.sharding import BATCH_SPEC
-    from deepseek_jax.planning.memory import layer_activations
-    from deepseek_jax.planning.pipeline_memory import StageBytes
-    from deepseek_jax.training.sharding_table import abstract_state
-
-    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
-    found = []
-
-    def device(state, batch):
-        microbatches, _ = trainer._microbatches(batch, trainer.dispatchers(shape)[0])
-        schedule = trainer.schedule.make(trainer.microbatches(shape))
-        staged = Stage(trainer.staged(trainer.dispatchers(shape)[0]), trainer.config.recompute)
-        machine = Machine(staged, schedule, trainer.placement.occupied())
-        scales = LossScales(*(jnp.zeros((), jnp.float32) for _ in LossScales._fields))
-        run = _Run(machine, make_tables(schedule), *trainer._local_weights(state), microbatches, scales)
-        totals, shapes = run._no_totals(), run.shapes
-        tokens = jax.tree.leaves(microbatches)[0].shape[1] * (shape[1] - 1)
-        layer = layer_activations(trainer.model.config, dense=False) * tokens
-        found.append(
-            StageBytes(
-                x=size(shapes.out.x),
-                output=size(shapes.out.hidden),
-                residual=size(shapes.residual),
-                stash=size(shapes.stash),
-                weights=size(run.weights) // schedule.stages.slots,
-                gradients=size(totals.stacks) // schedule.stages.slots,
-                ends=size(run.ends),
-                ends_gradients=size((totals.ends, totals.shared)),
-                layer=layer * jax.tree.leaves(shapes.out.x)[0].dtype.itemsize,
-            )
-        )
-        return jnp.zeros(())
-
-    batch = Microbatch(*[jax.ShapeDtypeStruct(shape, jnp.int32)] * len(Microbatch._fields))
-    specs = (trainer.state_specs(), BATCH_SPEC)
-    mapped = jax.shard_map(device, mesh=trainer.mesh, in_specs=specs, out_specs=jax.P())
-    jax.eval_shape(mapped, abstract_state(trainer), batch)
-    return found[0]
-
-
-def memory_model(ranks: int) -> ModelConfig:
-    """One large enough for its arrays to outweigh what the compiler keeps besides."""
-    return dataclasses.replace(model_of(2, hidden=1024), num_layers=4 * ranks, vocab_size=8192)
-
-
 def report_memory() -> str:
     """The table of temporary memory."""
     lines = [
@@ -443,6 +205,7 @@ def report_bubble() -> str:
     formulas: dict[str, Callable[[int], float]] = {
         "gpipe": lambda p: (p - 1) * (f + b),
         "one_f_one_b": lambda p: (p - 1) * (f + b),
+        "eager_one_f_one_b": lambda p: (p - 1) * (2 * costs.pair - f - b),
         "zb_h1": lambda p: (p - 1) * (f + b - 2 * w),
         "dualpipe": lambda p: (p // 2 - 1) * (costs.pair + b - 3 * w),
         "dualpipe_v": lambda p: (p - 1) * (costs.pair + b - 3 * w),
@@ -488,7 +251,20 @@ def heading(title: str, part: str) -> list[str]:
     ]
 
 
-MEASURES: dict[str, Callable] = {"work": measure_work, "compile": measure_compile, "memory": measure_memory}
+def work_case(ranks: str) -> list[dict]:
+    """`measure_work` as the flags have it."""
+    return measure_work(
+        int(ranks),
+        schedules=_SCHEDULES.value or SCHEDULES,
+        overlaps=_OVERLAP.value,
+        recompute=_RECOMPUTE.value,
+        tokens=_TOKENS.value,
+        turns=_TURNS.value,
+        traces=_TRACES.value,
+    )
+
+
+MEASURES: dict[str, Callable] = {"work": work_case, "compile": measure_compile, "memory": measure_memory}
 REPORTS: dict[str, Callable[[], str]] = {
     "work": report_work,
     "compile": report_compile,
