@@ -21,6 +21,7 @@ from experiments.run import prepare_environment, prepare_for_stages
 
 DEVICES = 8
 TIMEOUT_SECONDS = 900
+TIMEOUT_WITH_SLOW_SECONDS = 3 * 3600
 _COMPILE_QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 """For arrays of a few numbers nearly all time goes into compiling."""
 _INSIDE = "DEEPSEEK_JAX_TEST_DEVICES"
@@ -57,7 +58,9 @@ class IsolatedRun(pytest.Item):
         command = [sys.executable, "-m", "pytest", str(self.path), "-p", "no:cacheprovider", "-rs", "--tb=short"]
         command += ["-m", self.config.option.markexpr] if self.config.option.markexpr else []
         command += ["-k", self.config.option.keyword] if self.config.option.keyword else []
-        code, output = _run(command, environment, str(self.config.rootpath))
+        quick = "not slow" in (self.config.option.markexpr or "")
+        limit = TIMEOUT_SECONDS if quick else TIMEOUT_WITH_SLOW_SECONDS
+        code, output = _run(command, environment, str(self.config.rootpath), limit)
         self.add_report_section("call", f"{DEVICES} devices", output)
         if code == pytest.ExitCode.NO_TESTS_COLLECTED:
             pytest.skip("no test of this file was selected")
@@ -68,8 +71,8 @@ class IsolatedRun(pytest.Item):
         return self.path, None, f"{self.path.name} on {DEVICES} virtual devices"
 
 
-def _run(command: list[str], environment: dict[str, str], folder: str) -> tuple[int | str, str]:
-    """The exit code and the output of `command`; a deadlocked one is ended."""
+def _run(command: list[str], environment: dict[str, str], folder: str, limit: int) -> tuple[int | str, str]:
+    """The exit code and the output of `command`; one that takes more than `limit` seconds is ended."""
     # What the outer run asked of xdist or the report is not for the inner one.
     environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
     try:
@@ -77,7 +80,7 @@ def _run(command: list[str], environment: dict[str, str], folder: str) -> tuple[
             command,
             env=environment,
             cwd=folder,
-            timeout=TIMEOUT_SECONDS,
+            timeout=limit,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -85,5 +88,5 @@ def _run(command: list[str], environment: dict[str, str], folder: str) -> tuple[
         )
     except subprocess.TimeoutExpired as error:
         output = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
-        return f"no answer in {TIMEOUT_SECONDS} s", output
+        return f"no answer in {limit} s", output
     return done.returncode, done.stdout

@@ -47,6 +47,13 @@ def cases():
         yield pytest.param(*case, marks=() if case in SAMPLE else pytest.mark.slow, id="-".join(map(str, case)))
 
 
+@pytest.fixture(autouse=True)
+def let_programs_go():
+    """All of them together would map more memory than a process may (`vm.max_map_count`)."""
+    yield
+    jax.clear_caches()
+
+
 def make(parallel: ParallelConfig, config=CONFIG, *, dtype=jnp.float64, optimizer=gradient_descent, **step) -> Trainer:
     mesh = make_mesh(parallel, jax.devices()[: np.prod(parallel.shape)])
     placement = place(config, parallel.layers_per_stage, stage_map=parallel.schedule_choice.stage_map)
