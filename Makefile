@@ -37,7 +37,7 @@ test-all: $(VENV)/.test$(PARITY)  ## every test
 lint: $(VENV)/.test$(PARITY)  ## ruff's checks and format, and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy deepseek_jax
+	$(BIN)/mypy deepseek_jax pallas_kernels
 
 format: $(VENV)/.test$(PARITY)  ## rewrite the code as ruff formats it
 	$(BIN)/ruff check --fix .

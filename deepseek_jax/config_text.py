@@ -2,7 +2,7 @@
 
 The grammar of a value: `42`, `1_000`, `2**14`, `1e6` where whole numbers go; `3e-4`, `inf`; `true`, `false`; `none`;
 a literal or enum name; text, in quotes where it would read as something else; `a,b` or `(a,b)` for tuples; and
-`Name` or `Name(field=value,…)` for a dataclass.
+`Name` or `Name(field=value,…)` for a dataclass, or a name of its `PRESETS`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, TypeGuard
 
 _INT_LIMIT_DIGITS = 30
@@ -67,7 +67,7 @@ class Kind:
             case "enum":
                 return f"one of {', '.join(self.type.__members__)}"
             case "class":
-                return " or ".join(f"{c.__name__}(…)" for c in self.choices)
+                return " or ".join([*(f"{c.__name__}(…)" for c in self.choices), *presets(self.choices)])
             case "tuple" if self.any_length:
                 return f"a list a,b,… each {describe(self.elements[0])}"
             case "tuple":
@@ -118,6 +118,11 @@ def declared_classes(annotation: Any) -> list[type]:
 def known_classes(annotation: Any) -> tuple[type, ...]:
     """The dataclasses that `annotation` allows: those it names and their subclasses."""
     return next((k.choices for k in alternatives(annotation) if k.name == "class"), ())
+
+
+def presets(classes: Iterable[type]) -> dict[str, Any]:
+    """The configs that have a name, of dataclasses with a class variable `PRESETS`."""
+    return {name: value for cls in classes for name, value in getattr(cls, "PRESETS", {}).items()}
 
 
 def _members(annotation: Any) -> list[Any]:
@@ -222,6 +227,8 @@ def _parse_tuple(text: str, kind: Kind) -> tuple:
 
 
 def _parse_class(text: str, kind: Kind) -> Any:
+    if text in (named := presets(kind.choices)):
+        return named[text]
     call = re.fullmatch(r"(\w+)\s*(\(.*\))?", text, re.DOTALL)
     found = [c for c in kind.choices if call and c.__name__ == call[1]]
     if call is None or not found:

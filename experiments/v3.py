@@ -10,7 +10,7 @@ import dataclasses
 from deepseek_jax import zoo
 from deepseek_jax.data import ArrayRecord, DataConfig, TokenizerConfig
 from deepseek_jax.parallel.mesh import ParallelConfig
-from deepseek_jax.training.experiment import CheckpointConfig, EvaluationConfig, Experiment
+from deepseek_jax.training.experiment import CheckpointConfig, EvaluationConfig, Experiment, MovingAverageConfig
 from deepseek_jax.training.optimizer import OptimizerConfig
 from deepseek_jax.training.schedules import paper_schedule
 
@@ -40,6 +40,7 @@ def pretrain() -> Experiment:
         parallel=ParallelConfig(pipe=16, data=2, node=8, expert=8, microbatch_rows=1),
         evaluation=EvaluationConfig(every_steps=1000, max_bytes=4_000_000),
         checkpoint=CheckpointConfig(every_steps=500),
+        moving_average=MovingAverageConfig(),
     )
 
 

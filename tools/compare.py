@@ -29,6 +29,8 @@ LABELS = {
     "loss_balance": "balance loss, without α",
     "heldout_loss": "held-out loss, nats per token",
     "heldout_bits_per_byte": "held-out bits per byte",
+    "heldout_average_loss": "held-out loss of the weights' moving average, nats per token",
+    "heldout_average_bits_per_byte": "held-out bits per byte of the weights' moving average",
 }
 
 

@@ -105,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     to_hf.add_argument("--shard_gb", type=float, default=5.0, help="size of a file of weights, in GB; default 5")
     for command in (to_checkpoint, to_hf):
         command.add_argument("--step", type=int, help="which checkpoint; default: the newest")
+        command.add_argument("--average", action="store_true", help="the moving average of a checkpoint's weights")
         command.add_argument("--verify", action="store_true", help="read what was written again, and compare")
     inspect = add(
         "inspect", _inspect, "list the tensors of a Hugging Face folder, and what is wrong with them", "source"
@@ -112,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--all", action="store_true", help="a line for each tensor, not for each kind")
     verify = add("verify", _verify, "compare TARGET with SOURCE, from which it was converted", "source", "target")
     verify.add_argument("--step", type=int, help="which checkpoint of SOURCE; default: the newest")
+    verify.add_argument("--average", action="store_true", help="compare with the moving average of SOURCE's weights")
     return parser
 
 
@@ -119,7 +121,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _to_checkpoint(options: argparse.Namespace) -> int:
-    with _open(options.source, options.step) as source, new_folder(options.target, "the checkpoint folder") as folder:
+    with (
+        _open(options.source, options.step, average=options.average) as source,
+        new_folder(options.target, "the checkpoint folder") as folder,
+    ):
         check_room(folder, source_bytes(source))
         write_checkpoint(source, folder, config=source.config)
         others = _other_files(source)
@@ -136,7 +141,7 @@ def _to_checkpoint(options: argparse.Namespace) -> int:
 def _to_hf(options: argparse.Namespace) -> int:
     if not 1 <= options.shard_gb * 1e9 < math.inf:
         raise ConfigError(f"--shard_gb must be positive, not {options.shard_gb}")
-    with _open(options.source, options.step) as source:
+    with _open(options.source, options.step, average=options.average) as source:
         trained_here = source.config is None
         save(
             source,
@@ -165,7 +170,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     """Compares every tensor of the target with the source's in the target's form, bit for bit."""
-    with _open(options.source, options.step) as source, _open(options.target) as target:
+    with _open(options.source, options.step, average=options.average) as source, _open(options.target) as target:
         if source.model != target.model:
             raise InteropError(f"{options.target} holds another architecture than {options.source}")
         differing: dict[str, None] = {}  # each once, in order: a huge tensor is compared in pieces
@@ -190,7 +195,9 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _open(name: str, step: int | None = None) -> Iterator[HuggingFaceFolder | CheckpointWeights]:
+def _open(
+    name: str, step: int | None = None, *, average: bool = False
+) -> Iterator[HuggingFaceFolder | CheckpointWeights]:
     """A Hugging Face folder where there are safetensors, else a checkpoint."""
     path = Path(local_path(name, "the source"))
     if not path.exists():
@@ -198,10 +205,12 @@ def _open(name: str, step: int | None = None) -> Iterator[HuggingFaceFolder | Ch
     if (path / INDEX).exists() or any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
         if step is not None:
             raise ConfigError(f"--step chooses a checkpoint, and {path} is a Hugging Face folder")
+        if average:
+            raise ConfigError(f"--average takes a checkpoint's, and {path} is a Hugging Face folder")
         with HuggingFaceFolder(path) as folder:
             yield folder
     else:
-        yield CheckpointWeights(path, step)
+        yield CheckpointWeights(path, step, average=average)
 
 
 def _other_files(source: HuggingFaceFolder | CheckpointWeights) -> dict[str, Path | bytes]:

@@ -249,6 +249,8 @@ def _losses(run: _Run) -> str:
     caption = "Main: the next token. MTP: the tokens after it."
     if plots.has_running_mean(run.train):
         caption += " Faint: every logged step; line: running mean."
+    if any("heldout_average_loss" in record for record in run.evaluations):
+        caption += " Average: the moving average of the weights."
     last = run.complete_evaluation
     complete = [] if last is None else [last]
     on_the_way = [record for record in run.evaluations if record is not last]

@@ -17,6 +17,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatt
 
 # One colour, one meaning, in every picture.
 HELDOUT, TRAIN, MTP, GZIP, XZ = "#3b5bdb", "#e8710a", "#343a40", "#2b8a3e", "#862e9c"
+AVERAGE = "#15aabf"
 GREY, INK = "#868e96", "#212529"
 LAYERS = matplotlib.colormaps["viridis"]
 LOADS = matplotlib.colormaps["RdBu_r"]
@@ -99,7 +100,8 @@ def compression_bars(model: float | None, gzip: Mapping[str, float] | None, xz: 
 def loss_curves(train: Records, evaluations: Records, baselines: Mapping[str, float], complete: Records = ()) -> Figure:
     """Training and held-out losses; beside them held-out bits per byte on its way past the compressors.
 
-    Evaluations in `complete` read all held-out text where the others read a part of it: they stand by themselves.
+    Evaluations in `complete` read all held-out text where the others read a part of it: they stand by themselves. Where
+    the moving average of the weights was evaluated as well, it has lines of its own.
     """
     figure = Figure(figsize=(11, 4), layout="constrained")
     losses, bits = figure.subplots(1, 2, width_ratios=(3, 2))
@@ -108,11 +110,12 @@ def loss_curves(train: Records, evaluations: Records, baselines: Mapping[str, fl
     _smoothed(losses, *column(train, "loss_mtp"), MTP, "MTP", width=1.0)
     read = [(evaluations, "o-", 4.5, "held-out, part" if complete else "held-out")]
     read.append((complete, "D", 7, "held-out, all"))
-    for axes, name in ((losses, "heldout_loss"), (bits, "heldout_bits_per_byte")):
+    for axes, unit in ((losses, "loss"), (bits, "bits_per_byte")):
         for records, style, size, label in read:
-            tokens, values = column(records, name)
-            if len(values):
-                axes.plot(tokens, values, style, color=HELDOUT, markersize=size, label=label)
+            for name, of, colour in (("heldout", "", HELDOUT), ("heldout_average", ", average", AVERAGE)):
+                tokens, values = column(records, f"{name}_{unit}")
+                if len(values):
+                    axes.plot(tokens, values, style, color=colour, markersize=size, label=label + of)
     losses.set_title("Loss, nats per token")
     for name, colour in (("gzip", GZIP), ("xz", XZ)):
         if name in baselines:

@@ -9,6 +9,9 @@ B batch, S query tokens, T cached tokens, H heads, C latent rank, R rotary dimen
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -18,7 +21,10 @@ from deepseek_jax import ops
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.context import LayerContext
 from deepseek_jax.model.layers import Linear, RMSNorm, at_least_float32
+from deepseek_jax.model.quantized import quantized
 from deepseek_jax.model.rope import apply_rope, softmax_scale
+from deepseek_jax.precision.fp8 import attention_output
+from deepseek_jax.precision.policy import Fp8Config
 
 LATENT_NORM_EPS = 1e-6
 """The norms after the compressed latents keep this epsilon whatever the model's own is."""
@@ -27,23 +33,24 @@ LATENT_NORM_EPS = 1e-6
 class LatentAttention(nnx.Module):
     """MLA with or without query compression; maps `[B, S, D]` to `[B, S, D]`."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, fp8: Fp8Config | None = None):
         attention = config.attention
         self.config = attention
-        heads, std = attention.num_heads, config.init_std
+        linear = functools.partial(Linear, init_std=config.init_std, fp8=fp8)
+        heads = attention.num_heads
         query_size = heads * attention.qk_head_dim
         if attention.q_lora_rank is None:
-            self.q = Linear(config.hidden_size, query_size, ("embed", "heads"), init_std=std)
+            self.q = linear(config.hidden_size, query_size, ("embed", "heads"))
         else:
-            self.q_a = Linear(config.hidden_size, attention.q_lora_rank, ("embed", None), init_std=std)
+            self.q_a = linear(config.hidden_size, attention.q_lora_rank, ("embed", None))
             self.q_a_norm = RMSNorm(attention.q_lora_rank, LATENT_NORM_EPS)
-            self.q_b = Linear(attention.q_lora_rank, query_size, (None, "heads"), init_std=std)
+            self.q_b = linear(attention.q_lora_rank, query_size, (None, "heads"))
         cache_size = attention.kv_lora_rank + attention.qk_rope_head_dim
         key_value_size = heads * (attention.qk_nope_head_dim + attention.v_head_dim)
-        self.kv_a = Linear(config.hidden_size, cache_size, ("embed", None), init_std=std)
+        self.kv_a = linear(config.hidden_size, cache_size, ("embed", None))
         self.kv_a_norm = RMSNorm(attention.kv_lora_rank, LATENT_NORM_EPS)
-        self.kv_b = Linear(attention.kv_lora_rank, key_value_size, (None, "heads"), init_std=std)
-        self.o = Linear(heads * attention.v_head_dim, config.hidden_size, ("heads", "embed"), init_std=std)
+        self.kv_b = linear(attention.kv_lora_rank, key_value_size, (None, "heads"))
+        self.o = linear(heads * attention.v_head_dim, config.hidden_size, ("heads", "embed"))
 
     def __call__(self, x: jax.Array, ctx: LayerContext) -> jax.Array:
         """Causal self-attention over `[B, S, D]`, expanded form."""
@@ -59,14 +66,14 @@ class LatentAttention(nnx.Module):
         # Copied in float32 or wider, because the gradient of that is a sum over the heads.
         shared = k_rope[:, :, None].astype(at_least_float32(x.dtype))
         k_rope_per_head = jnp.broadcast_to(shared, (*k_nope.shape[:3], cfg.qk_rope_head_dim)).astype(x.dtype)
-        out = ops.attention(
-            jnp.concatenate([q_nope, q_rope], axis=-1),
-            jnp.concatenate([k_nope, k_rope_per_head], axis=-1),
-            v,
-            scale=softmax_scale(cfg),
-            segment_ids=ctx.segment_ids,
-        )
-        y = self.o(out.reshape(*x.shape[:2], -1))
+        q = jnp.concatenate([q_nope, q_rope], axis=-1)
+        k = jnp.concatenate([k_nope, k_rope_per_head], axis=-1)
+        options: Any = {"scale": softmax_scale(cfg), "segment_ids": ctx.segment_ids}
+        if self.o.fp8 is not None:
+            weight, copy = self.o.weight[...], quantized(self.o, "weight", self.o.fp8)
+            y = attention_output(q, k, v, weight, copy, self.o.fp8, **options)
+        else:
+            y = self.o(ops.attention(q, k, v, **options).reshape(*x.shape[:2], -1))
         return y, jnp.concatenate([latent, k_rope], axis=-1)
 
     def absorbed(self, x: jax.Array, cache: jax.Array, visible: jax.Array, ctx: LayerContext) -> jax.Array:

@@ -6,6 +6,8 @@ returns zero and an empty load. The pipeline, rematerialisation, checkpoints and
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,6 +19,7 @@ from deepseek_jax.model.context import LayerContext
 from deepseek_jax.model.layers import RMSNorm, SwiGLU, at_least_float32
 from deepseek_jax.model.moe import MoE, MoEOutput
 from deepseek_jax.parallel.pipeline.protocol import LayerStats
+from deepseek_jax.precision.policy import Fp8Config, only_for
 
 SAVED_ACTIVATIONS = (
     "query",
@@ -41,14 +44,15 @@ those given to `checkpoint_name`."""
 class Block(nnx.Module):
     """Pre-norm attention, then a pre-norm feed-forward network: dense SwiGLU, or DeepSeekMoE."""
 
-    def __init__(self, config: ModelConfig, *, dense: bool = False):
+    def __init__(self, config: ModelConfig, *, dense: bool = False, fp8: Fp8Config | None = None):
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = LatentAttention(config)
+        self.attention = LatentAttention(config, only_for("attention", fp8))
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if dense:
-            self.ffn: SwiGLU | MoE = SwiGLU(config.hidden_size, config.dense_ffn_size, init_std=config.init_std)
+            ffn = functools.partial(SwiGLU, init_std=config.init_std, fp8=only_for("dense_ffn", fp8))
+            self.ffn: SwiGLU | MoE = ffn(config.hidden_size, config.dense_ffn_size)
         else:
-            self.ffn = MoE(config)
+            self.ffn = MoE(config, fp8)
 
     def __call__(self, x: jax.Array, ctx: LayerContext) -> tuple[jax.Array, jax.Array, LayerStats]:
         """x `[B, S, D]` -> (x, balance loss scalar, stats)."""

@@ -9,6 +9,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax import ops
 from deepseek_jax.model.parameters import parameter
+from deepseek_jax.model.quantized import declare_quantized, quantized
+from deepseek_jax.precision import fp8 as fp8_layers
+from deepseek_jax.precision.policy import Fp8Config
 
 
 def at_least_float32(dtype) -> jnp.dtype:
@@ -19,10 +22,23 @@ def at_least_float32(dtype) -> jnp.dtype:
 class Linear(nnx.Module):
     """A matrix without bias, `[..., in] -> [..., out]`; `weight` is `[in, out]`."""
 
-    def __init__(self, in_size: int, out_size: int, axes: tuple[str | None, str | None], *, init_std: float):
+    def __init__(
+        self,
+        in_size: int,
+        out_size: int,
+        axes: tuple[str | None, str | None],
+        *,
+        init_std: float,
+        fp8: Fp8Config | None = None,
+    ):
         self.weight = parameter((in_size, out_size), axes, init_std=init_std)
+        self.fp8 = fp8
+        if fp8 is not None:
+            declare_quantized(self, "weight", fp8)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        if self.fp8 is not None:
+            return fp8_layers.linear(x, self.weight[...], quantized(self, "weight", self.fp8), self.fp8)
         return ops.linear(x, self.weight[...].astype(x.dtype))
 
 
@@ -50,18 +66,15 @@ class Embedding(nnx.Module):
         return ops.lookup(self.weight[...], tokens)
 
 
-def swiglu(gate_up: jax.Array) -> jax.Array:
-    """`silu(gate) * up` of `[..., 2F]`, whose first half is the gate."""
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    return jax.nn.silu(gate) * up
-
-
 class SwiGLU(nnx.Module):
     """The dense feed-forward network: `down(silu(gate(x)) * up(x))`; gate and up are one matrix `[D, 2F]`."""
 
-    def __init__(self, hidden_size: int, ffn_size: int, *, init_std: float):
-        self.gate_up = Linear(hidden_size, 2 * ffn_size, ("embed", "ffn"), init_std=init_std)
-        self.down = Linear(ffn_size, hidden_size, ("ffn", "embed"), init_std=init_std)
+    def __init__(self, hidden_size: int, ffn_size: int, *, init_std: float, fp8: Fp8Config | None = None):
+        self.gate_up = Linear(hidden_size, 2 * ffn_size, ("embed", "ffn"), init_std=init_std, fp8=fp8)
+        self.down = Linear(ffn_size, hidden_size, ("ffn", "embed"), init_std=init_std, fp8=fp8)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(swiglu(checkpoint_name(self.gate_up(x), "gate_up")))
+        gate_up, down = self.gate_up(x), self.down
+        if down.fp8 is not None:
+            return fp8_layers.swiglu_linear(gate_up, down.weight[...], quantized(down, "weight", down.fp8), down.fp8)
+        return down(ops.swiglu(checkpoint_name(gate_up, "gate_up")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,8 +15,9 @@ from jax.ad_checkpoint import checkpoint_name
 from deepseek_jax import ops
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.context import LayerContext
-from deepseek_jax.model.layers import SwiGLU, at_least_float32, swiglu
+from deepseek_jax.model.layers import SwiGLU, at_least_float32
 from deepseek_jax.model.parameters import RouterBias, parameter
+from deepseek_jax.model.quantized import declare_quantized, quantized
 from deepseek_jax.model.router import (
     Routing,
     balanced_experts,
@@ -27,6 +29,8 @@ from deepseek_jax.model.router import (
 )
 from deepseek_jax.parallel.dispatch import NO_EXPERT, Dispatched
 from deepseek_jax.parallel.pipeline.protocol import LayerStats
+from deepseek_jax.precision import fp8 as fp8_layers
+from deepseek_jax.precision.policy import Fp8Config, only_for
 
 
 class MoEOutput(NamedTuple):
@@ -70,33 +74,43 @@ class Router(nnx.Module):
 class RoutedExperts(nnx.Module):
     """E SwiGLU networks over rows grouped by expert; `gate_up` is `[E, D, 2F]`, `down` is `[E, F, D]`."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, fp8: Fp8Config | None = None):
         moe = config.moe
+        self.fp8 = fp8
         shape = (moe.num_experts, config.hidden_size, 2 * moe.expert_ffn_size)
         self.gate_up = parameter(shape, ("expert", "embed", "expert_ffn"), init_std=config.init_std)
         shape = (moe.num_experts, moe.expert_ffn_size, config.hidden_size)
         self.down = parameter(shape, ("expert", "expert_ffn", "embed"), init_std=config.init_std)
+        if fp8 is not None:
+            declare_quantized(self, "gate_up", fp8)
+            declare_quantized(self, "down", fp8)
 
     def __call__(self, inputs: Dispatched, alignment: int) -> jax.Array:
         """Rows `[M, D]` in groups that start at multiples of `alignment` -> weighted outputs `[M, D]`."""
         rows, weights, group_sizes, _ = inputs
+        if self.fp8 is not None:
+            assert alignment == fp8_layers.ALIGNMENT, "tiles of 128×1 would have rows of two experts"
+            copies = [quantized(self, name, self.fp8) for name in ("gate_up", "down")]
+            gate_up = fp8_layers.routed_linear(rows, self.gate_up[...], copies[0], group_sizes, self.fp8)
+            return fp8_layers.routed_swiglu_linear(gate_up, weights, self.down[...], copies[1], group_sizes, self.fp8)
         gate_up = ops.grouped_matmul(rows, self.gate_up[...].astype(rows.dtype), group_sizes, alignment=alignment)
         gate_up = checkpoint_name(gate_up, "gate_up")
         # The down projection is linear, so weighting its input weights its output. The product is made in the weights'
         # dtype, float32 or wider, because a weight's gradient is a sum over the row.
-        hidden = (swiglu(gate_up) * weights[:, None]).astype(rows.dtype)
+        hidden = (ops.swiglu(gate_up) * weights[:, None]).astype(rows.dtype)
         return ops.grouped_matmul(hidden, self.down[...].astype(rows.dtype), group_sizes, alignment=alignment)
 
 
 class MoE(nnx.Module):
     """`shared(x) + Σ_k weight_k expert_k(x)`."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, fp8: Fp8Config | None = None):
         moe = config.moe
         self.router = Router(config)
-        self.experts = RoutedExperts(config)
+        self.experts = RoutedExperts(config, only_for("routed_experts", fp8))
         shared_size = moe.num_shared_experts * moe.expert_ffn_size
-        self.shared = SwiGLU(config.hidden_size, shared_size, init_std=config.init_std) if shared_size else None
+        shared = functools.partial(SwiGLU, init_std=config.init_std, fp8=only_for("shared_experts", fp8))
+        self.shared = shared(config.hidden_size, shared_size) if shared_size else None
 
     def __call__(self, x: jax.Array, ctx: LayerContext) -> MoEOutput:
         """x `[B, S, D]`; every token is computed, none dropped; padding sees the shared experts only."""

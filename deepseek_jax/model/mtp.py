@@ -14,17 +14,18 @@ from jax.ad_checkpoint import checkpoint_name
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.block import Block
 from deepseek_jax.model.layers import Linear, RMSNorm
+from deepseek_jax.precision.policy import Fp8Config
 
 
 class MTPModule(nnx.Module):
     """One depth. The released weights join the embedding first, then the hidden state; so does this."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, fp8: Fp8Config | None = None):
         size, eps = config.hidden_size, config.rms_norm_eps
         self.embedding_norm = RMSNorm(size, eps)
         self.hidden_norm = RMSNorm(size, eps)
         self.projection = Linear(2 * size, size, (None, "embed"), init_std=config.init_std)
-        self.block = Block(config)
+        self.block = Block(config, fp8=fp8)
         self.final_norm = RMSNorm(size, eps)
 
     def join(self, hidden: jax.Array, embedding: jax.Array) -> jax.Array:

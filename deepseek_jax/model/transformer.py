@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -16,6 +18,8 @@ from deepseek_jax.model.mtp import MTPModule
 from deepseek_jax.model.parameters import stack
 from deepseek_jax.model.rope import rope_tables
 from deepseek_jax.parallel.dispatch import Dispatcher, LocalDispatcher
+from deepseek_jax.precision.fp8 import ALIGNMENT
+from deepseek_jax.precision.policy import Fp8Config, only_for
 
 
 class Transformer(nnx.Module):
@@ -24,16 +28,23 @@ class Transformer(nnx.Module):
     `dense`, `moe` and `mtp` hold `[layers, ...]` parameters, so compile time does not grow with depth.
     """
 
-    def __init__(self, config: ModelConfig):
-        self.config = config
+    def __init__(self, config: ModelConfig, fp8: Fp8Config | None = None):
+        """`fp8`: how linear layers run in FP8 while training; such a model needs quantised copies of its weights."""
+        self.config, self.fp8 = config, fp8
         std = config.init_std
         self.embedding = Embedding(config.vocab_size, config.hidden_size, init_std=std)
-        self.dense = stack(Block(config, dense=True), config.num_dense_layers) if config.num_dense_layers else None
-        self.moe = stack(Block(config), config.num_moe_layers) if config.num_moe_layers else None
+        block = functools.partial(Block, config, fp8=fp8)
+        self.dense = stack(block(dense=True), config.num_dense_layers) if config.num_dense_layers else None
+        self.moe = stack(block(), config.num_moe_layers) if config.num_moe_layers else None
         self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mtp = stack(MTPModule(config), config.mtp_depth) if config.mtp_depth else None
+        self.mtp = stack(MTPModule(config, fp8), config.mtp_depth) if config.mtp_depth else None
         head = Linear(config.hidden_size, config.vocab_size, ("embed", "vocab"), init_std=std)
         self.head = None if config.tie_embeddings else head
+
+    @property
+    def alignment(self) -> int:
+        """At whose multiples the groups of rows start that routed experts read."""
+        return ALIGNMENT if only_for("routed_experts", self.fp8) else ops.preferred_alignment()
 
     def context(
         self,
@@ -49,7 +60,7 @@ class Transformer(nnx.Module):
         """The context of a microbatch at `positions` int32 `[B, S]`; experts are all local unless told otherwise."""
         cos, sin = rope_tables(self.config.attention, positions, dtype)
         if dispatcher is None:
-            dispatcher = LocalDispatcher(self.config.moe.num_experts, ops.preferred_alignment())
+            dispatcher = LocalDispatcher(self.config.moe.num_experts, self.alignment)
         return LayerContext(cos, sin, dispatcher, segment_ids, valid, balance_from_routed, force_balance)
 
     def head_weight(self) -> jax.Array:

@@ -1,17 +1,22 @@
-from deepseek_jax.ops.attention import attention
+from deepseek_jax.ops.attention import attention, attention_backward, attention_forward
 from deepseek_jax.ops.cross_entropy import cross_entropy, cross_entropy_sum, vocab_partials
 from deepseek_jax.ops.embedding import lookup
-from deepseek_jax.ops.grouped_matmul import (
+from deepseek_jax.ops.linear import linear
+from deepseek_jax.ops.swiglu import swiglu
+from pallas_kernels.block_scaled_matmul import block_scaled_matmul
+from pallas_kernels.grouped_matmul import (
     group_starts,
     grouped_matmul,
     grouped_matmul_dw,
     grouped_matmul_dx,
     preferred_alignment,
 )
-from deepseek_jax.ops.linear import linear
 
 __all__ = [
     "attention",
+    "attention_backward",
+    "attention_forward",
+    "block_scaled_matmul",
     "cross_entropy",
     "cross_entropy_sum",
     "group_starts",
@@ -21,5 +26,6 @@ __all__ = [
     "linear",
     "lookup",
     "preferred_alignment",
+    "swiglu",
     "vocab_partials",
 ]

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.ops import attention_cudnn
-from deepseek_jax.ops.implementation import accumulator, choose
+from pallas_kernels.implementation import accumulator, choose
 
 _MAX_BLOCK = 128
 _TILE_SCORES = 2**18  # scores in flight on a CPU: 1 MiB of float32
@@ -52,6 +53,44 @@ def attention(
     Raises:
       ValueError: if shapes disagree, scale is not positive, or the implementation is unknown or not supported here.
     """
+    name = _chosen(q, k, v, scale, segment_ids, implementation, reference=None)
+    if name == "cudnn":
+        return attention_cudnn.attention(q, k, v, scale=scale)
+    if name == "reference":
+        return _reference(q, k, v, segment_ids, scale)
+    return _blockwise(q, k, v, segment_ids, float(scale))
+
+
+def attention_forward(
+    q: Array, k: Array, v: Array, *, scale: float, segment_ids: Array | None = None, implementation: str | None = None
+) -> tuple[Array, Any]:
+    """`attention`, and what `attention_backward` needs besides its output, for those who keep that in their own way.
+
+    Neither has a derivative. "reference" is not among the implementations.
+    """
+    name = _chosen(q, k, v, scale, segment_ids, implementation, reference="it has no backward pass of its own")
+    if name == "cudnn":
+        return attention_cudnn.forward(q, k, v, scale=float(scale))
+    heads, block = q.shape[2], block_size(q.shape[1])
+    run = functools.partial(_forward_rows, block=block, scale=float(scale))
+    out, lse = _by_rows(run, (q, k, v, segment_ids), heads, block)
+    return out, _Saved(q, k, v, segment_ids, checkpoint_name(lse, "attention_lse"))
+
+
+def attention_backward(saved: Any, out: Array, dout: Array, *, scale: float) -> tuple[Array, Array, Array]:
+    """Gradients of q, k and v from that of the output, `[B, S, H, V]`; `out` may have been rounded."""
+    if not isinstance(saved, _Saved):
+        return attention_cudnn.backward(saved, out, dout)
+    q, k, v, segment_ids, lse = saved
+    out, dout = out.reshape(v.shape), dout.reshape(v.shape)
+    heads, block = q.shape[2], block_size(q.shape[1])
+    delta = (dout.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1)
+    run = functools.partial(_backward_rows, block=block, scale=float(scale))
+    return _by_rows(run, (q, k, v, segment_ids, dout, lse, delta), heads, block)
+
+
+def _chosen(q, k, v, scale, segment_ids, implementation, *, reference: str | None) -> str:
+    """The implementation to run; `reference` is why that one cannot."""
     if q.ndim != 4 or q.shape != k.shape or q.shape[:3] != v.shape[:3]:
         raise ValueError(
             f"attention needs q and k [B, S, H, K] and v [B, S, H, V], not {q.shape}, {k.shape} and {v.shape}"
@@ -60,13 +99,18 @@ def attention(
         raise ValueError(f"attention needs a positive scale, not {scale}")
     if segment_ids is not None and segment_ids.shape != q.shape[:2]:
         raise ValueError(f"attention needs segment_ids [B, S] = {q.shape[:2]}, not {segment_ids.shape}")
-    obstacles = {"cudnn": attention_cudnn.obstacle(q, k, v, segment_ids), "blockwise": None, "reference": None}
-    name = choose("attention", implementation, obstacles)
-    if name == "cudnn":
-        return attention_cudnn.attention(q, k, v, scale=scale)
-    if name == "reference":
-        return _reference(q, k, v, segment_ids, scale)
-    return _blockwise(q, k, v, segment_ids, float(scale))
+    cudnn = attention_cudnn.obstacle(q, k, v, segment_ids)
+    return choose("attention", implementation, {"cudnn": cudnn, "blockwise": None, "reference": reference})
+
+
+class _Saved(NamedTuple):
+    """What the blockwise backward pass needs besides the output."""
+
+    q: Array
+    k: Array
+    v: Array
+    segment_ids: Array | None
+    lse: Array
 
 
 def _reference(q, k, v, segment_ids, scale):
@@ -145,25 +189,19 @@ def _mask(scores, segments_rows, segments_columns, diagonal):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _blockwise(q, k, v, segment_ids, scale):
-    return _forward(q, k, v, segment_ids, scale)[0]
+    return attention_forward(q, k, v, scale=scale, segment_ids=segment_ids, implementation="blockwise")[0]
 
 
 def _forward(q, k, v, segment_ids, scale):
-    heads, block = q.shape[2], block_size(q.shape[1])
-    out, lse = _by_rows(
-        functools.partial(_forward_rows, block=block, scale=scale), (q, k, v, segment_ids), heads, block
-    )
+    out, saved = attention_forward(q, k, v, scale=scale, segment_ids=segment_ids, implementation="blockwise")
     # Named, so that a layer that is computed again for its backward pass need not run attention again.
-    out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
-    return out, (q, k, v, segment_ids, out, lse)
+    out = checkpoint_name(out, "attention_out")
+    return out, (saved, out)
 
 
 def _backward(scale, residuals, dout):
-    q, k, v, segment_ids, out, lse = residuals
-    heads, block = q.shape[2], block_size(q.shape[1])
-    delta = (dout.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1)
-    arrays = (q, k, v, segment_ids, dout, lse, delta)
-    return *_by_rows(functools.partial(_backward_rows, block=block, scale=scale), arrays, heads, block), None
+    saved, out = residuals
+    return *attention_backward(saved, out, dout, scale=scale), None
 
 
 _blockwise.defvjp(_forward, _backward)

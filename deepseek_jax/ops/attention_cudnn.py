@@ -8,7 +8,9 @@ output is cut back. At 192 and 128 that is half as much again in the products wi
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,21 +71,57 @@ def _padded(q, k, v, scale):
     return wide[..., : v.shape[-1]], wide
 
 
-def _forward(q, k, v, scale):
-    # The residuals are jax's own backward pass: a pytree that holds q, k, v, the wide output and the log-sum-exp.
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """How a backward pass is put together again."""
+
+    structure: Any
+    places: tuple[int, ...]
+    """Of the wide output among its leaves."""
+    shape: tuple[int, ...]
+    """Of the output."""
+    width: int
+    """Of the wide output."""
+
+
+class Saved(NamedTuple):
+    """jax's own backward pass, a pytree that holds q, k, v, the output and the log-sum-exp, without the output."""
+
+    leaves: list[Array]
+    form: _Form
+
+
+def forward(q: Array, k: Array, v: Array, *, scale: float) -> tuple[Array, Saved]:
+    """The output, and what `backward` needs besides it."""
     out, pullback, wide = jax.vjp(functools.partial(_padded, scale=scale), q, k, v, has_aux=True)
+    leaves, structure = jax.tree.flatten(pullback)
+    places = tuple(place for place, leaf in enumerate(leaves) if leaf is wide)
+    named = [
+        checkpoint_name(leaf, "attention_lse") if leaf.dtype == jnp.float32 else leaf
+        for leaf in leaves
+        if leaf is not wide
+    ]
+    return out, Saved(named, _Form(structure, places, out.shape, wide.shape[-1]))
+
+
+def backward(saved: Saved, out: Array, dout: Array) -> tuple[Array, Array, Array]:
+    """Gradients of q, k and v."""
+    leaves, form = list(saved.leaves), saved.form
+    for place in form.places:
+        leaves.insert(place, _widened(out.reshape(form.shape), form.width))
+    return jax.tree.unflatten(form.structure, leaves)(dout.reshape(form.shape))
+
+
+def _forward(q, k, v, scale):
+    out, saved = forward(q, k, v, scale=scale)
     out = checkpoint_name(out, "attention_out")
-
-    def named(leaf):
-        if leaf is wide:
-            return _widened(out, wide.shape[-1])
-        return checkpoint_name(leaf, "attention_lse") if leaf.dtype == jnp.float32 else leaf
-
-    return out, jax.tree.map(named, pullback)
+    return out, (saved, out)
 
 
-def _backward(scale, pullback, dout):
-    return pullback(dout)
+def _backward(scale, residuals, dout):
+    saved, out = residuals
+    return backward(saved, out, dout)
 
 
 _attention.defvjp(_forward, _backward)

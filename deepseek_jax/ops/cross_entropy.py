@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from deepseek_jax.ops.implementation import accumulator, choose
+from pallas_kernels.implementation import accumulator, choose
 
 _CHUNK_LOGITS = 2**22  # logits in flight: 16 MiB of float32, up to V = 8192
 _MIN_CHUNK = 512  # every chunk adds once to the whole gradient of the head; at V = 129,280 its logits are 252 MiB

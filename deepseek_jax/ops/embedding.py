@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from deepseek_jax.ops.implementation import accumulator
+from pallas_kernels.implementation import accumulator
 
 
 def lookup(weight: Array, tokens: Array, vocab_offset: int | Array | None = None) -> Array:

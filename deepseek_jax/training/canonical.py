@@ -1,7 +1,8 @@
 """A train state as canonical checkpoint entries, and back: independent of mesh, stacking and schedule.
 
 Weights and router biases stand under their canonical names, each part of the optimizer state that is shaped like the
-parameters under `optimizer.<part>/<canonical name>`, its scalars under `optimizer.<path>`.
+parameters under `optimizer.<part>/<canonical name>`, its scalars under `optimizer.<path>`. The moving average of the
+weights is no part of the state: `moving_average.py` saves it beside it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from deepseek_jax.training.step import Trainer, TrainState
 from deepseek_jax.tree import Tree, flatten
 
 OPTIMIZER = "optimizer."
-"""Prefix of every entry that is not a weight: what a run that starts from weights alone leaves on disk."""
+"""Prefix of every entry of the optimizer: what a run that starts from weights alone leaves on disk."""
+MOVING_AVERAGE = "moving_average/"
+"""Prefix of the entries of the weights' moving average, one for each weight and router bias."""
 
 
 def to_canonical(trainer: Trainer, state: TrainState) -> dict[str, jax.Array]:

@@ -155,4 +155,5 @@ def _spread(array: jax.Array) -> jax.Array:
     both = np.stack([devices, np.array(elsewhere).reshape(devices.shape)])
     mesh = jax.sharding.Mesh(both, ("replica", *names))
     shards = [shard.data for shard in array.addressable_shards]
-    return jax.make_array_from_single_device_arrays(array.shape, jax.NamedSharding(mesh, spec), shards)
+    sharding = jax.NamedSharding(mesh, spec, memory_kind=array.sharding.memory_kind)
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, shards)

@@ -57,6 +57,21 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MovingAverageConfig:
+    """An exponential moving average of the weights in host memory (section 3.2.3): see `training.moving_average`."""
+
+    decay: float = 0.999
+    """What is left of the weight of older terms after an update. The paper gives no number; this one remembers about a
+    thousand updates."""
+    every_steps: int = 1
+    """Update it after every so many steps; the paper does after each."""
+
+    def __post_init__(self):
+        require(0 <= self.decay < 1, f"moving_average.decay must lie in [0, 1), not {self.decay}")
+        require(self.every_steps >= 1, f"moving_average.every_steps must be at least 1, not {self.every_steps}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     """What a run says about itself."""
 
@@ -98,6 +113,8 @@ class Experiment:
     precision: PrecisionPolicy = PrecisionPolicy()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    moving_average: MovingAverageConfig | None = None
+    """The moving average of the weights; none keeps none. `--set "moving_average=MovingAverageConfig()"` keeps one."""
     logging: LoggingConfig = LoggingConfig()
     init_from: str | None = None
     """Where the first weights come from: `hf:` and a Hugging Face folder, or a run's folder; none: the seed. Set by

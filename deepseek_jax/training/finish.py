@@ -21,6 +21,7 @@ from deepseek_jax.parallel.sharding import BATCH_SPEC
 from deepseek_jax.paths import write_aside
 from deepseek_jax.training import canonical
 from deepseek_jax.training.experiment import Experiment
+from deepseek_jax.training.moving_average import MovingAverage
 from deepseek_jax.training.step import Trainer, TrainState
 
 GREEDY = Sampling()
@@ -59,6 +60,10 @@ class HeldoutEvaluator:
             add_bos=data.add_bos,
         )
 
+    def of_average(self, average: MovingAverage | None, state: TrainState, *, complete: bool) -> HeldoutResult | None:
+        """The same of the moving average of the weights that led to `state`; None if the run keeps none."""
+        return None if average is None else self(average.in_place_of(state), complete=complete)
+
 
 def finish_run(
     experiment: Experiment,
@@ -73,10 +78,18 @@ def finish_run(
     seconds: float,
     heldout: float | None,
     log: Callable[[str], None],
+    average: MovingAverage | None = None,
+    heldout_average: float | None = None,
 ) -> float | None:
-    """Writes result.json, samples.jsonl and report.html; returns the held-out bits per byte."""
+    """Writes result.json, samples.jsonl and report.html; returns the held-out bits per byte.
+
+    Where `heldout`, those of the weights, are None, they are measured, and `heldout_average`, those of their moving
+    average, as well.
+    """
     if heldout is None and (judged := evaluator(state, complete=True)) is not None:
         heldout = judged.bits_per_byte
+        judged = evaluator.of_average(average, state, complete=True)
+        heldout_average = None if judged is None else judged.bits_per_byte
     weights = canonical.whole_weights(trainer, state) if experiment.evaluation.samples else None
     if jax.process_index() != 0:
         return heldout
@@ -85,6 +98,7 @@ def finish_run(
         baselines = compression_baselines([(d.id, d.text.encode()) for d in evaluator.documents])
     result = {
         "heldout_bits_per_byte": heldout,
+        "heldout_average_bits_per_byte": heldout_average,
         "gzip": baselines and {"concatenated": baselines.gzip_concatenated, "per_file": baselines.gzip_per_file},
         "xz": baselines and {"concatenated": baselines.xz_concatenated, "per_file": baselines.xz_per_file},
         "step": step,
@@ -137,6 +151,8 @@ def _say(log: Callable[[str], None], result: dict, samples: list[dict], report: 
     log("")
     if result["heldout_bits_per_byte"] is not None:
         log(f"held-out bits per byte  {result['heldout_bits_per_byte']:.4f}   (lower is better)")
+        if result["heldout_average_bits_per_byte"] is not None:
+            log(f"of the moving average   {result['heldout_average_bits_per_byte']:.4f}")
         for name in ("gzip", "xz"):
             sizes = result[name]
             log(f"{name:<22}  {sizes['concatenated']:.4f}   ({sizes['per_file']:.4f} file by file)")

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 
 from deepseek_jax.config_io import to_dict
@@ -26,10 +25,12 @@ from deepseek_jax.paths import check_writable, local_path
 from deepseek_jax.planning.flops import training_flops_per_token
 from deepseek_jax.training import canonical
 from deepseek_jax.training.checkpoint import CheckpointStore
+from deepseek_jax.training.compile_cache import use_compile_cache
 from deepseek_jax.training.experiment import Experiment
 from deepseek_jax.training.finish import HeldoutEvaluator, finish_run
 from deepseek_jax.training.init_from import first_state
 from deepseek_jax.training.metrics import MetricsWriter, check_wandb
+from deepseek_jax.training.moving_average import DOCUMENT, start_average
 from deepseek_jax.training.opening import opening_lines
 from deepseek_jax.training.profiling import StepTrace, measure_matmul_peak
 from deepseek_jax.training.progress import Progress, TrainingClock, human_count
@@ -69,7 +70,7 @@ def make_trainer(experiment: Experiment) -> Trainer:
     """The trainer of an experiment on this process's devices."""
     parallel = experiment.parallel
     return Trainer(
-        Transformer(experiment.model),
+        Transformer(experiment.model, experiment.precision.fp8),
         place(experiment.model, parallel.layers_per_stage, stage_map=parallel.schedule_choice.stage_map),
         make_mesh(experiment.parallel),
         experiment.optimizer.make,
@@ -143,10 +144,14 @@ def train(
         state, step, tokens, seconds = restore(store, latest, trainer, rows, identity, type(experiment.model))
     else:
         state, step, tokens, seconds = first_state(experiment, trainer), 0, 0, 0.0
+    average, average_line = start_average(experiment.moving_average, trainer, state, store, latest)
     started -= seconds
 
     # --- steps: only now, when nothing of it can be wrong any more, does the folder change ---
-    run = _Run(experiment, trainer, reader, rows, store, identity, evaluator, folder, started, step if resume else None)
+    run = _Run(
+        experiment, trainer, reader, rows, store, identity, evaluator, folder, started, step if resume else None,
+        average, average_line,
+    )  # fmt: skip
     save_beginnings(experiment, tokenizer, folder)
     with store, Signals() as signals, StepTrace(folder / "profile", profile) as trace, run:
         state, step, tokens, last = run.steps(state, step, tokens, signals, trace)
@@ -156,6 +161,7 @@ def train(
         result = finish_run(
             experiment, trainer, state, tokenizer, evaluator, folder,
             step=step, tokens=tokens, seconds=time.monotonic() - started, heldout=last, log=run.progress.log,
+            average=average, heldout_average=run.heldout_average,
         )  # fmt: skip
     return RunResult("done", step, tokens, workdir, heldout_bits_per_byte=result)
 
@@ -163,13 +169,19 @@ def train(
 class _Run:
     """The inner loop and what it writes to."""
 
-    def __init__(self, experiment, trainer, reader, rows, store, identity, evaluator, folder, started, resume_step):
+    def __init__(
+        self, experiment, trainer, reader, rows, store, identity, evaluator, folder, started, resume_step,
+        average, average_line,
+    ):  # fmt: skip
         self.experiment, self.trainer, self.store = experiment, trainer, store
+        self.average, self.average_line = average, average_line
         self.reader, self.rows = reader, rows
         self.identity, self.evaluator, self.started, self.resume_step = identity, evaluator, started, resume_step
         self.saved_step = resume_step or 0
         self.stopped_by: int | None = None
         """The signal that came, to this process or another."""
+        self.heldout_average: float | None = None
+        """Held-out bits per byte of the moving average, as they were written last."""
         self.writer = MetricsWriter(
             folder,
             tensorboard=experiment.logging.tensorboard,
@@ -191,6 +203,8 @@ class _Run:
 
     def __exit__(self, kind: object, *exception: object) -> None:
         self.rows.close()
+        if self.average is not None:
+            self.average.close()
         self.writer.close(failed=kind is not None)
 
     def steps(self, state: TrainState, step: int, tokens: int, signals: Signals, trace: StepTrace):
@@ -211,6 +225,8 @@ class _Run:
                 with trace.step(step + 1):
                     state, metrics = self.trainer.step(state, batch.device, hyper)
                 step, tokens = step + 1, tokens + batch.tokens
+                if self.average is not None:
+                    self.average.update(step, state)
                 self.guard.watch(step, metrics, batch.host)
                 self.progress.advance(tokens)
                 self.watchdog.beat(step)
@@ -281,7 +297,11 @@ class _Run:
             "data": merge_states([state for state in hosts.gather(self._data_state()) if state is not None]),
             "config": to_dict(self.experiment),
         }
-        self.store.save(step, canonical.to_canonical(self.trainer, state), documents, metric=metric)
+        arrays = canonical.to_canonical(self.trainer, state)
+        if self.average is not None:
+            arrays |= self.average.entries()
+            documents["meta"][DOCUMENT] = {"updates": self.average.updates}
+        self.store.save(step, arrays, documents, metric=metric)
         self.saved_step = step
 
     def _data_state(self) -> dict[str, Any] | None:
@@ -346,10 +366,15 @@ class _Run:
                 return None
             if show:
                 values = {"heldout_bits_per_byte": result.bits_per_byte, "heldout_loss": result.loss}
+                line = f"step {step} | held-out {result.bits_per_byte:.4f} bits per byte over {result.bytes:,} bytes"
+                averaged = self.evaluator.of_average(self.average, state, complete=complete)
+                if averaged is not None:
+                    self.heldout_average = averaged.bits_per_byte
+                    values["heldout_average_bits_per_byte"] = averaged.bits_per_byte
+                    values["heldout_average_loss"] = averaged.loss
+                    line += f"; moving average {averaged.bits_per_byte:.4f}"
                 self.writer.write(step, values, tokens=tokens, kind="eval")
-                self.progress.log(
-                    f"step {step} | held-out {result.bits_per_byte:.4f} bits per byte over {result.bytes:,} bytes"
-                )
+                self.progress.log(line)
             return result.bits_per_byte
 
     def _announce(self, step: int, tokens: int) -> None:
@@ -361,6 +386,8 @@ class _Run:
             peak_flops=self.peak_flops,
         ):
             self.progress.log(line)
+        if self.average_line is not None:
+            self.progress.log(self.average_line)
         if self.resume_step is not None:
             where = f"resumed from step {step}" if step else "no checkpoint yet, so from the beginning"
             self.progress.log(f"{where} ({self.store.directory})")
@@ -374,24 +401,3 @@ class _Batch:
     tokens: int
     is_last: bool
     """Whether the data has no row left."""
-
-
-def use_compile_cache(directory: str | None = None, *, exact_names: bool = False) -> None:
-    """Keeps compiled programs on disk, so that a second start compiles nothing; a user's own setting stays.
-
-    Simulated hosts, which are several processes on a CPU, compile at every start.
-
-    A program found there has the names and source lines of the code that first compiled it; with `exact_names`, for a
-    trace, only programs that agree in these too are taken.
-    """
-    config: Any = jax.config  # declares its values at run time
-    if jax.process_count() > 1 and jax.default_backend() == "cpu":
-        # Only process 0 writes, and another one's key for the same program is different: process 0 would begin at once,
-        # and gloo gives up after half a minute of waiting for those that compile.
-        config.update("jax_enable_compilation_cache", False)
-    if config.jax_compilation_cache_dir is None:
-        path = epath.Path(directory or "~/.cache/deepseek_jax/xla").expanduser()
-        config.update("jax_compilation_cache_dir", str(path))
-        config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    if exact_names:
-        config.update("jax_compilation_cache_include_metadata_in_key", True)

@@ -127,7 +127,7 @@ def abstract_trainer(experiment: Experiment, mesh: Mesh | None = None) -> Traine
       ConfigError: the model does not fit the mesh.
     """
     return Trainer(
-        Transformer(experiment.model),
+        Transformer(experiment.model, experiment.precision.fp8),
         place(
             experiment.model,
             experiment.parallel.layers_per_stage,

@@ -17,6 +17,7 @@ from deepseek_jax.parallel import hosts
 from deepseek_jax.parallel.pipeline.choice import SUFFIX
 from deepseek_jax.paths import local_path, user_path
 from deepseek_jax.training import canonical
+from deepseek_jax.training.canonical import MOVING_AVERAGE
 from deepseek_jax.training.checkpoint import CheckpointError, CheckpointStore, check_compatible
 from deepseek_jax.training.experiment import Experiment
 from deepseek_jax.training.metrics import JSONL_NAME, read_metrics
@@ -158,6 +159,8 @@ def restore(
 ) -> tuple[TrainState, int, int, float]:
     """A checkpoint's state, step, tokens and seconds of training; `rows` is set to where it was.
 
+    A moving average that it may hold is read by `moving_average.start_average`.
+
     Raises `CheckpointError` or `DataError` if it is of another `identity` or data, or its `model` cannot be read.
     """
     documents = store.documents(step)
@@ -167,7 +170,7 @@ def restore(
     rows.set_state(documents["data"])
     if "room" in meta:
         trainer.room.set_state(meta["room"])
-    entries = store.restore(step, canonical.templates(trainer))
+    entries = store.restore(step, canonical.templates(trainer), skip=(MOVING_AVERAGE,))
     state = canonical.from_canonical(trainer, entries, meta["step"])
     return state, meta["step"], meta["tokens"], meta.get("seconds", 0.0)
 

@@ -22,10 +22,10 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax import ops
 from deepseek_jax.compat import to_varying, varying_axes
 from deepseek_jax.config import require
 from deepseek_jax.model.parameters import RouterBias, parameter_specs
+from deepseek_jax.model.quantized import quantize_weights
 from deepseek_jax.model.staged import staged_model
 from deepseek_jax.model.targets import Microbatch, targets
 from deepseek_jax.model.transformer import Transformer
@@ -41,6 +41,7 @@ from deepseek_jax.parallel.mesh import AXES, BATCH_AXES
 from deepseek_jax.parallel.pipeline.choice import ScheduleChoice
 from deepseek_jax.parallel.pipeline.executor import pipeline
 from deepseek_jax.parallel.pipeline.protocol import LayerStats, LossScales, StagedModel
+from deepseek_jax.parallel.pipeline.stage import merge
 from deepseek_jax.parallel.pipeline.ticks import Overlap
 from deepseek_jax.parallel.placement import KINDS, ParameterLayout, Placement
 from deepseek_jax.parallel.sharding import BATCH_SPEC, largest_over, mesh_axes_of, sum_over
@@ -203,7 +204,7 @@ class Trainer:
             self._experts,
             tokens=self._microbatch_tokens(shape),
             slack=self.config.capacity,
-            alignment=ops.preferred_alignment(),
+            alignment=self.model.alignment,
             wire=self.config.dispatch_dtype,
         )
 
@@ -338,7 +339,8 @@ class Trainer:
 
     @jax.named_scope("gather_weights")
     def _local_weights(self, state: TrainState) -> tuple[Tree, Tree]:
-        """This device's whole weights in the compute dtype, varying over every axis, stacks as `[slot, ...]`."""
+        """This device's whole weights in the compute dtype, varying over every axis, stacks as `[slot, ...]`; and the
+        router biases, with the quantised copies of weights."""
 
         def local(stacked, spec, split, value):
             if not spec.full_precision and self.config.compute_dtype != jnp.float32:
@@ -355,7 +357,11 @@ class Trainer:
                 for name in values
             }
 
-        return tree(self.params_layout, state.params), tree(self.bias_layout, state.router_bias)
+        params, fixed = tree(self.params_layout, state.params), tree(self.bias_layout, state.router_bias)
+        if self.model.fp8 is None:
+            return params, fixed
+        copies, params = quantize_weights(self.model, params, self.model.fp8)
+        return to_varying(params, AXES), merge(fixed, copies)
 
     def _restack(self, gradients: Tree) -> Tree:
         return {k: map_leaves(lambda g: g[None], tree) if k in KINDS else tree for k, tree in gradients.items()}

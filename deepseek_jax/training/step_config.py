@@ -8,8 +8,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from deepseek_jax.parallel.dispatch import DispatcherName
+from deepseek_jax.parallel.dispatch.travel import FP8
 from deepseek_jax.parallel.pipeline.protocol import Recompute
 from deepseek_jax.parallel.pipeline.ticks import Overlap
+from deepseek_jax.precision.policy import DispatchDtype
 from deepseek_jax.training.experiment import Experiment
 
 
@@ -33,7 +35,7 @@ class StepConfig:
     dispatcher: DispatcherName | None = None
     capacity: float = 1.5
     dispatch_dtype: Any = None
-    """dtype in which tokens travel between devices; None: the compute dtype."""
+    """dtype in which tokens travel between devices, see `dispatch.travel`; None: the compute dtype."""
 
 
 def step_config(experiment: Experiment) -> StepConfig:
@@ -55,5 +57,9 @@ def step_config(experiment: Experiment) -> StepConfig:
         zero=parallel.zero,
         dispatcher=parallel.dispatcher,
         capacity=parallel.capacity,
-        dispatch_dtype=None if precision.dispatch is None else jnp.dtype(precision.dispatch),
+        dispatch_dtype=_wire(precision.dispatch),
     )
+
+
+def _wire(dispatch: DispatchDtype | None) -> Any:
+    return FP8 if dispatch == "float8" else dispatch and jnp.dtype(dispatch)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.parallel.dispatch import ExchangeDispatcher
+from deepseek_jax.parallel.dispatch.travel import FP8, bytes_there
 from deepseek_jax.training.load_metrics import load_metrics
 from deepseek_jax.training.step import Hyperparameters, Trainer
 from deepseek_jax.training.step_metrics import StepMetrics
@@ -42,8 +43,12 @@ def dispatch_record(metrics: StepMetrics, trainer: Trainer, shape: tuple[int, ..
     if not isinstance(dispatcher, ExchangeDispatcher):
         return {}
     config = trainer.model.config
-    dtype = trainer.config.dispatch_dtype or trainer.config.compute_dtype
-    per_row = bytes_per_row(config.hidden_size, config.moe.experts_per_token, np.dtype(dtype).itemsize)
+    per_row = bytes_per_row(
+        config.hidden_size,
+        config.moe.experts_per_token,
+        wire=trainer.config.dispatch_dtype,
+        compute=trainer.config.compute_dtype,
+    )
     return {
         "dispatch_room": dispatcher.room,
         "dispatch_demand": metrics.demand,
@@ -52,11 +57,13 @@ def dispatch_record(metrics: StepMetrics, trainer: Trainer, shape: tuple[int, ..
     }
 
 
-def bytes_per_row(width: int, choices: int, item: int) -> int:
+def bytes_per_row(width: int, choices: int, *, wire: Any, compute: Any) -> int:
     """Bytes that must cross for one row from one device to another in a step: out and back, forward and backward.
 
     Static buffers send empty slots besides, full recomputation sends the forward pass twice, and a step that ran again
     counts once. A token with its weights and the numbers of its experts goes out, an output comes back; its gradient
-    goes out, and that of the token and of the weights comes back. `width` numbers of `item` bytes, `choices` of four.
+    goes out, and that of the token and of the weights comes back. `width` numbers of dtype `wire`, which where it is
+    None or FP8 means `compute` for what comes back; `choices` of four bytes.
     """
-    return 4 * width * item + 3 * choices * 4
+    back = compute if wire in (None, FP8) else wire
+    return 2 * (bytes_there(width, wire or compute) + bytes_there(width, back)) + 3 * choices * 4

@@ -25,7 +25,7 @@ from deepseek_jax.interop.progress import ByteProgress
 from deepseek_jax.interop.quantization import Quantization, read_quantization
 from deepseek_jax.interop.weights import Form, WeightSource, pieces, rows_at_once, source_bytes
 from deepseek_jax.paths import local_path
-from deepseek_jax.training.canonical import OPTIMIZER
+from deepseek_jax.training.canonical import MOVING_AVERAGE, OPTIMIZER
 from deepseek_jax.training.checkpoint import CheckpointError, CheckpointStore, check_entries
 from deepseek_jax.training.checkpoint_orbax import Index, StreamedArray
 
@@ -37,10 +37,12 @@ CONFIG_DOCUMENT = "huggingface"
 
 
 class CheckpointWeights:
-    """The weights of one checkpoint, without its optimizer state."""
+    """The weights of one checkpoint, or their moving average, without its optimizer state."""
 
-    def __init__(self, folder: str | Path, step: int | None = None):
+    def __init__(self, folder: str | Path, step: int | None = None, *, average: bool = False):
         """Opens the newest checkpoint, or that of `step`, in a run's folder or a folder of checkpoints.
+
+        With `average`, what is read are not the weights but their moving average, router biases included.
 
         Raises `CheckpointError` where there is none, or it does not hold the model that it says.
         """
@@ -59,7 +61,15 @@ class CheckpointWeights:
         self.model: ModelConfig = from_dict(ModelConfig, documents["meta"]["model"])
         interleaved = self.config is None or rope_interleaved(self.config)
         self.entries: Mapping[str, Entry] = entries(self.model, rope_interleaved=interleaved)
+        self._prefix = MOVING_AVERAGE if average else ""
         self._saved = self._store.entries(newest)
+        if average:
+            self._saved = _within(self._saved, MOVING_AVERAGE)
+            if not self._saved:
+                raise CheckpointError(
+                    f"checkpoint {newest} in {self.path} holds no moving average: take its weights, or keep one in the "
+                    "next run (moving_average=MovingAverageConfig())"
+                )
         self.quantization: Quantization | None = None
         if any(name.startswith(SCALES) for name in self._saved):
             self.quantization = read_quantization(self.config or {}) or Quantization()
@@ -83,14 +93,20 @@ class CheckpointWeights:
 
     def _read(self, name: str, index: Index) -> np.ndarray:
         if name not in self._opened:
-            self._opened[name] = self._store.reader(self.step, name)
+            self._opened[name] = self._store.reader(self.step, self._prefix + name)
         return self._opened[name](index)
 
     def _check(self) -> None:
         """Raises `CheckpointError` unless the entries have the names and shapes of the architecture."""
         wanted = {name: entry.spec for name, entry in self.entries.items()}
-        saved = {name: form for name, form in self._saved.items() if not name.startswith((OPTIMIZER, SCALES))}
+        others = (OPTIMIZER, MOVING_AVERAGE, SCALES)
+        saved = {name: form for name, form in self._saved.items() if not name.startswith(others)}
         check_entries(saved, wanted, source=f"checkpoint {self.step} in {self.path}", dtypes=False)
+
+
+def _within(entries: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The entries whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix)}
 
 
 def tokenizer_of(folder: Path) -> Path | None:

@@ -105,6 +105,19 @@ def test_the_losses_are_those_of_the_records():
         assert {text.get_text() for text in a.get_legend().get_texts()} == expected
 
 
+def test_the_moving_average_has_its_own_lines():
+    train = run()
+    judged = evaluations(train)
+    for record in judged:
+        record["heldout_average_loss"] = record["heldout_loss"] - 1
+        record["heldout_average_bits_per_byte"] = record["heldout_bits_per_byte"] - 0.1
+    for axes, name in zip(report_plots.loss_curves(train, judged, {}).axes, ("loss", "bits_per_byte"), strict=True):
+        drawn = lines(axes)
+        for label, column in (("held-out", "heldout"), ("held-out, average", "heldout_average")):
+            expected = [values(judged, "tokens"), values(judged, f"{column}_{name}")]
+            np.testing.assert_array_equal(drawn[label], expected)
+
+
 def test_many_losses_are_shown_faintly_with_their_running_mean():
     """A window of a fiftieth of the points; towards the ends, of those that are there."""
     train = run(150)

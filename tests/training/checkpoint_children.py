@@ -22,11 +22,13 @@ def child_killed(folder: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def place(value: np.ndarray, devices, spec) -> jax.Array:
-    """`value` on some devices, made of this process's shards alone."""
-    sharding = jax.NamedSharding(jax.sharding.Mesh(np.array(devices), ("x",)), spec)
-    shards = sharding.addressable_devices_indices_map(value.shape)
-    local = [jax.device_put(value[index], device) for device, index in shards.items()]
+def place(value: np.ndarray, devices, spec, memory: str | None = None) -> jax.Array:
+    """`value` on some devices, or in their host's `memory`, made of this process's shards alone."""
+    sharding = jax.NamedSharding(jax.sharding.Mesh(np.array(devices), ("x",)), spec, memory_kind=memory)
+    local = [
+        jax.device_put(value[index], jax.sharding.SingleDeviceSharding(device, memory_kind=memory))
+        for device, index in sharding.addressable_devices_indices_map(value.shape).items()
+    ]
     return jax.make_array_from_single_device_arrays(value.shape, sharding, local, dtype=value.dtype)
 
 
@@ -74,6 +76,8 @@ def child_processes(folder: Path, port: str, rank: str) -> None:
     arrays["embedding"] = place(values["embedding"], devices, jax.P("x"))
     arrays["norm"] = place(values["norm"], devices, jax.P())
     arrays["across"] = place(values["across"], devices[2:6], jax.P("x"))
+    values["on_hosts"] = np.arange(24, dtype=np.float32)
+    arrays["on_hosts"] = place(values["on_hosts"], devices, jax.P("x"), "pinned_host")
     with CheckpointStore(folder / "checkpoints", keep_last=1, keep_best=0) as store:
         store.save(1, arrays, {}, wait=True)
         store.save(2, arrays, {}, wait=True)
@@ -81,10 +85,11 @@ def child_processes(folder: Path, port: str, rank: str) -> None:
         for i, (name, form) in enumerate(store.entries(2).items()):
             group = stages[(i + 1) % 2] if name.startswith("layers") else devices
             spec = jax.P() if name == "norm" else jax.P("x")
-            sharding = jax.NamedSharding(jax.sharding.Mesh(np.array(group), ("x",)), spec)
+            memory = "pinned_host" if name == "on_hosts" else None
+            sharding = jax.NamedSharding(jax.sharding.Mesh(np.array(group), ("x",)), spec, memory_kind=memory)
             wanted[name] = jax.ShapeDtypeStruct(form.shape, form.dtype, sharding=sharding)
         got = store.restore(2, wanted)
-        assert sum(bool(array.addressable_shards) for array in got.values()) == 5
+        assert sum(bool(array.addressable_shards) for array in got.values()) == 6
         assert_shards(got, values)
 
 

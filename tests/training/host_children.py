@@ -15,14 +15,19 @@ from tiny_run import after_step, experiment, kill, quick_runs, train
 from deepseek_jax.parallel import hosts
 from deepseek_jax.parallel.mesh import ParallelConfig
 from deepseek_jax.training import loop
-from deepseek_jax.training.experiment import CheckpointConfig, Experiment
+from deepseek_jax.training.experiment import CheckpointConfig, Experiment, MovingAverageConfig
 
 STOPPED_AT = 5
 
 
 def pair(texts: Path) -> Experiment:
     """A run of two processes with a device each: its batch ramps from 2 to 4 rows, and is even throughout."""
-    base = experiment(texts, parallel=ParallelConfig(data=2, microbatch_rows=1), checkpoint=CheckpointConfig())
+    base = experiment(
+        texts,
+        parallel=ParallelConfig(data=2, microbatch_rows=1),
+        checkpoint=CheckpointConfig(),
+        moving_average=MovingAverageConfig(decay=0.9),
+    )
     schedule = dataclasses.replace(base.schedule, batch_multiple=2, total_tokens=base.schedule.total_tokens // 2)
     return dataclasses.replace(base, schedule=schedule)
 

@@ -10,13 +10,13 @@ import sys
 import jax
 import pytest
 
-from deepseek_jax.training.loop import use_compile_cache
+from deepseek_jax.training.compile_cache import use_compile_cache
 
 PROGRAM = """
 import jax, jax.monitoring
 events = []
 jax.monitoring.register_event_listener(lambda name, **_: events.append(name.rpartition("/")[2]))
-from deepseek_jax.training.loop import use_compile_cache
+from deepseek_jax.training.compile_cache import use_compile_cache
 use_compile_cache()
 jax.jit(lambda x: (x @ x).sum())(jax.numpy.ones((8, 8))).block_until_ready()
 print(jax.config.jax_compilation_cache_dir, events.count("cache_hits"), events.count("cache_misses"))

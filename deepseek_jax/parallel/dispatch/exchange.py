@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from deepseek_jax.parallel.dispatch.hop import Hop, Leg
 from deepseek_jax.parallel.dispatch.interface import Dispatched, Traffic
 from deepseek_jax.parallel.dispatch.local import Grouping, gather_tokens, gather_weights, group, sum_choices
+from deepseek_jax.parallel.dispatch.travel import travel, travel_back
 
 
 class RoundPlan(NamedTuple):
@@ -42,7 +43,7 @@ class ExchangeDispatcher:
     rounds: int = 1
     alignment: int = 1
     wire: Any = None
-    """dtype in which tokens, outputs and their gradients travel; None: their own. Weights travel as they are."""
+    """dtype in which rows travel, see `travel`; None: their own. Weights travel as they are."""
 
     @property
     def room(self) -> tuple[int, ...]:
@@ -103,16 +104,9 @@ class ExchangeDispatcher:
 
     def dispatch(self, x: jax.Array, weights: jax.Array, plan: RoundPlan) -> Dispatched:
         """See `Dispatcher`."""
-        for hop, leg in zip(self.hops, plan.legs, strict=True):
-            x = hop.send(x, leg, self.wire)
-            weights = hop.send(weights, leg)
-        # Named, so that a layer that is computed again for its backward pass need not send its tokens again.
-        x, weights = (checkpoint_name(rows, "dispatched_rows") for rows in (x, weights))
+        x, weights = travel(x, plan.legs, self.hops, self.wire), travel(weights, plan.legs, self.hops)
         return Dispatched(gather_tokens(x, plan.grouping), gather_weights(weights, plan.grouping), plan.sizes, plan)
 
     def combine(self, outputs: jax.Array, handle: RoundPlan) -> jax.Array:
         """See `Dispatcher`."""
-        y = sum_choices(outputs, handle.grouping)
-        for hop, leg in zip(reversed(self.hops), reversed(handle.legs), strict=True):
-            y = hop.bring_back(y, leg, self.wire)
-        return y
+        return travel_back(sum_choices(outputs, handle.grouping), handle.legs, self.hops, self.wire)

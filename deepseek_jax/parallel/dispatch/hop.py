@@ -7,7 +7,6 @@ rows go out in the order of their tokens, and what does not fit waits for the ne
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -105,13 +104,13 @@ class Hop:
         mine = received - lax.axis_index(self.axes) * self.experts
         return jnp.where((received >= 0) & (mine >= 0) & (mine < self.experts), mine, NO_EXPERT)
 
-    def send(self, x: jax.Array, leg: Leg, wire: Any = None) -> jax.Array:
-        """Rows `[T, ...]` to those that come here `[R * C, ...]`, zero in empty slots; they travel as dtype `wire`."""
-        return _send(self, wire, x, leg)
+    def send(self, x: jax.Array, leg: Leg) -> jax.Array:
+        """Rows `[T, ...]` to those that come here `[R * C, ...]`, zero in empty slots. Without a derivative."""
+        return self.there(take_rows(x, leg.rows), leg)
 
-    def bring_back(self, y: jax.Array, leg: Leg, wire: Any = None) -> jax.Array:
-        """Rows `[R * C, ...]` to the sum over each row's destinations `[T, ...]`; they travel as dtype `wire`."""
-        return _bring_back(self, wire, y, leg)
+    def bring_back(self, y: jax.Array, leg: Leg, dtype: Any = None) -> jax.Array:
+        """Rows `[R * C, ...]` to the sum over each row's destinations `[T, ...]`, of a dtype. Without a derivative."""
+        return sum_rows(self.back(y, leg).astype(dtype or y.dtype), leg.slots)
 
     def there(self, x: jax.Array, leg: Leg, fill: int = 0) -> jax.Array:
         """The exchange of buffers: slot c for device r becomes slot c of this device there. No row holds `fill`."""
@@ -121,23 +120,3 @@ class Hop:
     def back(self, y: jax.Array, leg: Leg) -> jax.Array:
         """The transpose of `there`."""
         return self.there(y, leg)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _send(hop: Hop, wire: Any, x: jax.Array, leg: Leg) -> jax.Array:
-    return hop.there(take_rows(x, leg.rows).astype(wire or x.dtype), leg).astype(x.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _bring_back(hop: Hop, wire: Any, y: jax.Array, leg: Leg) -> jax.Array:
-    return sum_rows(hop.back(y.astype(wire or y.dtype), leg).astype(y.dtype), leg.slots)
-
-
-_send.defvjp(
-    lambda hop, wire, x, leg: (_send(hop, wire, x, leg), leg),
-    lambda hop, wire, leg, g: (_bring_back(hop, wire, g, leg), None),
-)
-_bring_back.defvjp(
-    lambda hop, wire, y, leg: (_bring_back(hop, wire, y, leg), leg),
-    lambda hop, wire, leg, g: (_send(hop, wire, g, leg), None),
-)

@@ -77,10 +77,10 @@ class _Run:
         self.batch = to_varying(jax.tree.map(with_empty, batch), AXES)
         steady = tables.steady if self.pattern else None
         self.phases = Phases(self.stages, self._mine(steady.f_slot[0]) if steady and self.stages.slots == 2 else None)
-        weights = self.phases.copies({kind: params[kind] for kind in STACKS if kind in params})
         # Where no phase is known beforehand, one of several is read faster from a stack than chosen.
-        self.weights = weights if self.pattern or len(weights) == 1 else arrays.stacked(weights)
-        self.state = self.phases.copies(state)
+        readable = lambda copies: copies if self.pattern or len(copies) == 1 else arrays.stacked(copies)  # noqa: E731
+        self.weights = readable(self.phases.copies({kind: params[kind] for kind in STACKS if kind in params}))
+        self.state = readable(self.phases.copies(state))
         self.ends = {name: tree for name, tree in params.items() if name not in STACKS}
         self.shared = {name: self.ends[name] for name in (self.model.shared_ends if "mtp" in params else ())}
         x = zeros(jax.eval_shape(self.model.embed, self.ends, self._microbatch(0)))

@@ -1,4 +1,4 @@
-"""`ops.grouped_matmul`: exact for every layout of groups, at a cost that follows the rows."""
+"""`grouped_matmul`: exact for every layout of groups, at a cost that follows the rows."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from deepseek_jax import ops
-from deepseek_jax.ops.grouped_matmul import group_starts, quarter_rows, tile_counts, tile_rows
+from pallas_kernels.grouped_matmul import group_starts, grouped_matmul, grouped_matmul_dw, grouped_matmul_dx
+from pallas_kernels.grouped_matmul.blocked import quarter_rows, tile_counts, tile_rows
 
 SIZES = {
     "uneven, some empty": [0, 130, 1, 0, 255, 7],
@@ -33,7 +33,7 @@ def problem(sizes, alignment, *, spare=5, k=6, n=4, dtype=jnp.float64):
 
 def value_and_gradients(name, x, w, sizes, g, alignment):
     def f(x, w):
-        y = ops.grouped_matmul(x, w, sizes, alignment=alignment, implementation=name)
+        y = grouped_matmul(x, w, sizes, alignment=alignment, implementation=name)
         return (y * g).sum(), y
 
     (_, y), gradients = jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(x, w)
@@ -56,18 +56,33 @@ def test_blocked_is_the_reference(name, alignment):
 
 def test_reference_by_hand():
     x, w, sizes, _, _ = problem([2, 0, 3], 4, dtype=jnp.float32)
-    y = ops.grouped_matmul(x, w, sizes, alignment=4, implementation="reference")
+    y = grouped_matmul(x, w, sizes, alignment=4, implementation="reference")
     np.testing.assert_allclose(y[:2], x[:2] @ w[0], rtol=1e-5)
     np.testing.assert_allclose(y[4:7], x[4:7] @ w[2], rtol=1e-5)
     assert not np.asarray(y)[[2, 3, *range(7, len(y))]].any()
 
 
-def test_input_and_weight_gradients_stand_alone():
+@pytest.mark.parametrize("name", ["blocked", "reference"])
+def test_input_and_weight_gradients_stand_alone(name):
     with jax.enable_x64(True):
         x, w, sizes, g, _ = problem(SIZES["uneven, some empty"], 8)
         _, dx, dw = value_and_gradients("reference", x, w, sizes, g, 8)
-        np.testing.assert_allclose(ops.grouped_matmul_dx(g, w, sizes, alignment=8), dx, rtol=1e-11, atol=1e-12)
-        np.testing.assert_allclose(ops.grouped_matmul_dw(x, g, sizes, alignment=8), dw, rtol=1e-11, atol=1e-12)
+        for f, a, b, wanted in ((grouped_matmul_dx, g, w, dx), (grouped_matmul_dw, x, g, dw)):
+            got = f(a, b, sizes, alignment=8, implementation=name)
+            np.testing.assert_allclose(got, wanted, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["blocked", "reference"])
+def test_padding_rows_may_hold_nan(name):
+    x, w, sizes, g, real = problem(SIZES["uneven, some empty"], 8, dtype=jnp.float32)
+    poisoned = [jnp.where(real[:, None], a, jnp.nan) for a in (x, g)]
+    for f, operands, clean in (
+        (grouped_matmul, (poisoned[0], w), (x, w)),
+        (grouped_matmul_dx, (poisoned[1], w), (g, w)),
+        (grouped_matmul_dw, poisoned, (x, g)),
+    ):
+        got, wanted = (f(*both, sizes, alignment=8, implementation=name) for both in (operands, clean))
+        np.testing.assert_array_equal(got, wanted)
 
 
 def test_bfloat16_in_bfloat16_out():
@@ -98,7 +113,7 @@ def test_cost_follows_the_rows(groups):
     tile = tile_rows(rows, groups)
     x, w = jnp.zeros((rows, k)), jnp.zeros((groups, k, n))
     sizes = jnp.asarray(np.random.default_rng(0).multinomial(rows, np.ones(groups) / groups), jnp.int32)
-    loss = jax.grad(lambda x, w: ops.grouped_matmul(x, w, sizes, implementation="blocked").sum() ** 2, argnums=(0, 1))
+    loss = jax.grad(lambda x, w: grouped_matmul(x, w, sizes, implementation="blocked").sum() ** 2, argnums=(0, 1))
     # A tile and a quarter forward, the same for dx; a tile and one to four quarters for dw, of which a group runs one
     # choice: the only matmuls in the program, whatever the number of groups.
     quarters = 3 * 4 + 2 + (1 + 2 + 3 + 4)
@@ -133,8 +148,8 @@ def test_tiles_shrink_with_the_groups_and_never_exceed_the_rows():
 def test_bad_arguments_say_what_would_be_valid():
     x, w, sizes, _, _ = problem([2, 3], 1, dtype=jnp.float32)
     with pytest.raises(ValueError, match="blocked, reference"):
-        ops.grouped_matmul(x, w, sizes, implementation="ragged")
+        grouped_matmul(x, w, sizes, implementation="ragged")
     with pytest.raises(ValueError, match=r"w \[G, K, N\]"):
-        ops.grouped_matmul(x, w.swapaxes(1, 2), sizes)
+        grouped_matmul(x, w.swapaxes(1, 2), sizes)
     with pytest.raises(ValueError, match="alignment must be at least 1"):
-        ops.grouped_matmul(x, w, sizes, alignment=0)
+        grouped_matmul(x, w, sizes, alignment=0)

@@ -1,0 +1,246 @@
+"""Linear layers in FP8, as DeepSeek-V3 trains them (section 3.3): what each product reads, and what is kept between.
+
+A linear layer is three products. Each reads two FP8 matrices, whose scales run along the contraction:
+
+    y  = x  · w      Fprop   x in tiles of 1×128 (a token, 128 channels), w in blocks of 128×128
+    dx = dy · wᵀ     Dgrad   dy in tiles of 1×128, the same w
+    dw = xᵀ · dy     Wgrad   both in tiles of 128×1 (128 tokens, a channel)
+
+so x and dy are quantised twice. dy is there in full when its turn comes, and both are made of that. x is not: what is
+kept of the forward pass is its 1×128 tiles, and the 128×1 tiles are made of those. The weight is quantised once per
+optimizer step, outside (`quantized_weights`); the layers take it beside the weight itself, whose values they do not
+read: it is there to receive the gradient.
+
+Three layers keep something else than their input:
+
+- `attention_output`: attention and the output projection keep one array for both, attention's output, in E5M6.
+- `swiglu_linear`: SwiGLU and the down projection keep the *input* of SwiGLU, in FP8, and make its output again.
+- Routed experts read rows that travelled in FP8 and get gradients that did, so for these there is no original to be
+  quantised a second time: their 128×1 tiles are made of the 1×128 ones. They do the same where nothing travels, so
+  that one device computes what many do. With powers of two as scales, quantising what was quantised changes nothing.
+
+Everything kept has the name that `model.block.SAVED_ACTIVATIONS` knows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from deepseek_jax import ops
+from deepseek_jax.precision.policy import Fp8Config
+from deepseek_jax.precision.products import Products
+from pallas_kernels.quantize import Quantized, quantize, quantize_e5m6, requantize
+
+ALIGNMENT = 128
+"""Groups of rows start at multiples of this, so that no tile of 128×1 has rows of two experts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """What is static of a layer."""
+
+    config: Fp8Config
+    products: Products
+    travelled_x: bool = False
+    """x has powers of two as scales: it came from another device, or is attention's output."""
+    travelled_dy: bool = False
+    """The gradient comes from another device: powers of two, and nothing but its 1×128 tiles."""
+
+    def input(self, x: Array) -> Quantized:
+        """x in the tiles of Fprop."""
+        return quantize(x, self._tile(self.config.activations, (1, 128)), power_of_two=self._powers(self.travelled_x))
+
+    def retiled_input(self, x: Quantized | Array) -> Quantized:
+        """x in the tiles of Wgrad, from those of Fprop or from more precise values."""
+        tile = self._tile(self.config.activations, (128, 1))
+        powers = self._powers(self.travelled_x)
+        if isinstance(x, Quantized):
+            return requantize(x, tile, power_of_two=powers)
+        return quantize(x, tile, power_of_two=powers)
+
+    def gradients(self, dy: Array) -> tuple[Quantized, Quantized]:
+        """dy in the tiles of Dgrad and in those of Wgrad."""
+        dtype = jnp.float8_e4m3fn if self.config.gradient_format == "e4m3" else jnp.float8_e5m2
+        powers = self._powers(self.travelled_dy)
+        if self.config.gradients == "block":
+            blocks = quantize(dy, (128, 128), dtype=dtype, power_of_two=powers)
+            return blocks, blocks
+        rows = quantize(dy, self._tile(self.config.gradients, (1, 128)), dtype=dtype, power_of_two=powers)
+        columns = self._tile(self.config.gradients, (128, 1))
+        if self.travelled_dy:
+            return rows, requantize(rows, columns, power_of_two=powers)
+        return rows, quantize(dy, columns, dtype=dtype, power_of_two=powers)
+
+    def _powers(self, of_paper: bool) -> bool:
+        return of_paper or self.config.power_of_two_scales
+
+    @staticmethod
+    def _tile(granularity: str, tile: tuple[int, int]) -> tuple[int, int] | None:
+        return None if granularity == "tensor" else tile
+
+
+def weight_tile(config: Fp8Config) -> tuple[int, int] | None:
+    """What shares a scale in a weight."""
+    return None if config.weights == "tensor" else (128, 128)
+
+
+def quantize_weight(w: Array, config: Fp8Config) -> Quantized:
+    """A weight `[..., K, N]` as the layers of this module read it, each matrix by itself."""
+    return quantize(w, weight_tile(config), power_of_two=config.power_of_two_scales)
+
+
+# --- a linear layer ---------------------------------------------------------------------------------------------------
+
+
+def linear(x: Array, w: Array, quantized: Quantized, config: Fp8Config) -> Array:
+    """`x @ w` for x `[..., K]` and w `[K, N]`, of which `quantized` is read: `[..., N]` of x's dtype."""
+    layer = _Layer(config, Products(promote=config.promote))
+    return _linear(layer, x.reshape(-1, x.shape[-1]), w, quantized, None).reshape(*x.shape[:-1], w.shape[-1])
+
+
+def routed_linear(rows: Array, w: Array, quantized: Quantized, group_sizes: Array, config: Fp8Config) -> Array:
+    """Each group of rows `[M, K]` times its own matrix of `[E, K, N]`: `[M, N]` of the rows' dtype.
+
+    Groups start at multiples of `ALIGNMENT`; rows that belong to none are zero.
+    """
+    layer = _Layer(config, Products(alignment=ALIGNMENT), travelled_x=True)
+    return _linear(layer, rows, w, quantized, group_sizes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(layer: _Layer, x, w, quantized, group_sizes):
+    return _linear_forward(layer, x, w, quantized, group_sizes)[0]
+
+
+def _linear_forward(layer: _Layer, x, w, quantized, group_sizes):
+    tiles = layer.input(x)
+    y = layer.products.forward(tiles, quantized, group_sizes, x.dtype)
+    return y, (tiles, quantized, group_sizes, _Like(w.dtype))
+
+
+def _linear_backward(layer: _Layer, kept, dy):
+    tiles, quantized, group_sizes, like = kept
+    rows, columns = layer.gradients(dy)
+    dx = layer.products.input_gradient(rows, quantized, group_sizes, dy.dtype)
+    dw = layer.products.weight_gradient(layer.retiled_input(tiles), columns, group_sizes, like.dtype)
+    return dx, dw, None, None
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Like:
+    """The dtype that a gradient is to have."""
+
+    dtype: Any
+
+
+# --- SwiGLU and the down projection -----------------------------------------------------------------------------------
+
+
+def swiglu_linear(gate_up: Array, w: Array, quantized: Quantized, config: Fp8Config) -> Array:
+    """`swiglu(gate_up) @ w` for gate_up `[..., 2F]` and w `[F, N]`."""
+    layer = _Layer(config, Products(promote=config.promote))
+    y = _swiglu_linear(layer, gate_up.reshape(-1, gate_up.shape[-1]), None, w, quantized, None)
+    return y.reshape(*gate_up.shape[:-1], w.shape[-1])
+
+
+def routed_swiglu_linear(
+    gate_up: Array, weights: Array, w: Array, quantized: Quantized, group_sizes: Array, config: Fp8Config
+) -> Array:
+    """The same for rows `[M, 2F]` in groups, each row times its combine weight `[M]`; see `routed_linear`."""
+    layer = _Layer(config, Products(alignment=ALIGNMENT), travelled_dy=True)
+    return _swiglu_linear(layer, gate_up, weights, w, quantized, group_sizes)
+
+
+def _hidden(gate_up: Array, weights: Array | None) -> Array:
+    """The input of the down projection."""
+    hidden = ops.swiglu(gate_up)
+    # In the weights' dtype, float32 or wider, because a weight's gradient is a sum over the row.
+    return hidden if weights is None else (hidden * weights[:, None]).astype(gate_up.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _swiglu_linear(layer: _Layer, gate_up, weights, w, quantized, group_sizes):
+    return _swiglu_forward(layer, gate_up, weights, w, quantized, group_sizes)[0]
+
+
+def _swiglu_forward(layer: _Layer, gate_up, weights, w, quantized, group_sizes):
+    y = layer.products.forward(layer.input(_hidden(gate_up, weights)), quantized, group_sizes, gate_up.dtype)
+    kept = named(quantize(gate_up, (1, 128), power_of_two=layer.config.power_of_two_scales), "gate_up")
+    return y, (kept, weights, quantized, group_sizes, _Like(gate_up.dtype), _Like(w.dtype))
+
+
+def _swiglu_backward(layer: _Layer, kept, dy):
+    gate_up, weights, quantized, group_sizes, like, like_w = kept
+    hidden, pull = jax.vjp(_hidden, gate_up.dequantize(like.dtype), weights)
+    rows, columns = layer.gradients(dy)
+    dgate_up, dweights = pull(layer.products.input_gradient(rows, quantized, group_sizes, like.dtype))
+    dw = layer.products.weight_gradient(layer.retiled_input(hidden), columns, group_sizes, like_w.dtype)
+    return dgate_up, dweights, dw, None, None
+
+
+_swiglu_linear.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+# --- attention and the output projection ------------------------------------------------------------------------------
+
+
+def attention_output(
+    q: Array,
+    k: Array,
+    v: Array,
+    w: Array,
+    quantized: Quantized,
+    config: Fp8Config,
+    *,
+    scale: float,
+    segment_ids: Array | None = None,
+) -> Array:
+    """`attention(q, k, v) @ w` with heads joined, see `ops.attention`: v `[B, S, H, V]`, w `[H * V, D]` -> `[B, S, D]`.
+
+    For the backward pass of both, attention's output is kept in E5M6 (12 bits), with powers of two as scales.
+    """
+    layer = _Layer(config, Products(promote=config.promote), travelled_x=True)
+    return _attention_output(layer, float(scale), q, k, v, segment_ids, w, quantized)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention_output(layer: _Layer, scale: float, q, k, v, segment_ids, w, quantized):
+    return _attention_forward(layer, scale, q, k, v, segment_ids, w, quantized)[0]
+
+
+def _attention_forward(layer: _Layer, scale: float, q, k, v, segment_ids, w, quantized):
+    out, saved = ops.attention_forward(q, k, v, scale=scale, segment_ids=segment_ids)
+    joined = out.reshape(-1, w.shape[0])
+    y = layer.products.forward(layer.input(joined), quantized, None, out.dtype)
+    kept = named(quantize_e5m6(joined), "attention_out")
+    return y.reshape(*out.shape[:2], -1), (saved, kept, quantized, _Like(v.dtype), _Like(w.dtype))
+
+
+def _attention_backward(layer: _Layer, scale: float, kept, dy):
+    saved, out, quantized, like, like_w = kept
+    out = out.dequantize(like.dtype)
+    dy = dy.reshape(-1, dy.shape[-1])
+    rows, columns = layer.gradients(dy)
+    dout = layer.products.input_gradient(rows, quantized, None, like.dtype)
+    dw = layer.products.weight_gradient(layer.retiled_input(out), columns, None, like_w.dtype)
+    dq, dk, dv = ops.attention_backward(saved, out, dout, scale=scale)
+    return dq, dk, dv, None, dw, None
+
+
+_attention_output.defvjp(_attention_forward, _attention_backward)
+
+
+def named(tree: Any, name: str) -> Any:
+    """Every leaf under a name for `jax.checkpoint`."""
+    return jax.tree.map(lambda leaf: checkpoint_name(leaf, name), tree)

@@ -1,0 +1,53 @@
+"""Which rows belong to which group. G groups over M rows; each starts where its predecessor, rounded up, ends."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+
+def preferred_alignment() -> int:
+    """Rows at whose multiples a dispatcher should start groups, for `grouped_matmul` to be fastest here.
+
+    The blocked implementation gains nothing from padding, and every gather and activation around it would pay for it.
+    """
+    return 1
+
+
+def group_starts(group_sizes: Array, alignment: int = 1) -> Array:
+    """First row of each group, `[G]` int32: sizes rounded up to `alignment`, then an exclusive sum."""
+    rounded = (group_sizes + alignment - 1) // alignment * alignment
+    return jnp.cumsum(rounded) - rounded
+
+
+def rows_of_groups(group_sizes: Array, rows: int, alignment: int) -> Array:
+    """Whether a row is in a group, `[G, M]` bool."""
+    row = jnp.arange(rows)
+    start = group_starts(group_sizes, alignment)[:, None]
+    return (row >= start) & (row < start + group_sizes[:, None])
+
+
+def check_group_sizes(group_sizes: ArrayLike, rows: int, alignment: int = 1) -> None:
+    """Checks on the host, for values that are known there, what the matmuls take on trust.
+
+    Args:
+      group_sizes: Rows of each group, `[G]` integers.
+      rows: M, the rows there are.
+      alignment: Groups start at multiples of this many rows.
+
+    Raises:
+      ValueError: if sizes are no vector of integers, one is negative, or the groups do not fit in the rows.
+    """
+    sizes = np.asarray(group_sizes)
+    if sizes.ndim != 1 or not np.issubdtype(sizes.dtype, np.integer):
+        raise ValueError(f"group_sizes must be [G] integers, not {sizes.shape} of {sizes.dtype}")
+    if (sizes < 0).any():
+        first = int(np.argmax(sizes < 0))
+        raise ValueError(f"group_sizes must not be negative, but group {first} has {sizes[first]} rows")
+    needed = int((-(-sizes.astype(np.int64) // alignment) * alignment).sum())
+    if needed > rows:
+        raise ValueError(
+            f"group_sizes need {needed} rows with every group rounded up to {alignment}, but there are {rows}"
+        )

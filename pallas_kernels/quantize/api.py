@@ -1,0 +1,111 @@
+"""FP8 arrays with a scale per tile, as DeepSeek-V3 trains with them (tech report, section 3.3.2).
+
+An activation has a scale per token and 128 channels, tiles of 1×128; where the contraction runs over tokens, as in a
+weight's gradient, 128×1. A weight has one per block of 128×128. Tiles at the edge of a ragged matrix are smaller.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
+
+from pallas_kernels.implementation import choose
+from pallas_kernels.quantize import reference
+from pallas_kernels.quantize.reference import Tile, scale_shape
+
+TILES: tuple[Tile, ...] = ((1, 128), (128, 1), (128, 128), None)
+FORMATS = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """An FP8 array with its scales: a value is its code times the scale of its tile. A pytree of two leaves.
+
+    A transformation of the leaves that keeps matrices whole (indexing or stacking leading dimensions, vmap, scan, a
+    transfer) gives another one.
+
+    Raises:
+      ValueError: if the scales are not one per tile. Leaves that are no arrays are not looked at.
+    """
+
+    codes: Array
+    """`[..., M, N]`, float8_e4m3fn, or float8_e5m2 for a comparison."""
+    scales: Array
+    """`[..., ⌈M / tile[0]⌉, ⌈N / tile[1]⌉]` float32; `[..., 1, 1]` where tile is None."""
+    tile: Tile = dataclasses.field(metadata={"static": True})
+    """(1, 128), (128, 1) or (128, 128): rows and columns that share a scale; None: one scale for each matrix."""
+
+    def __post_init__(self):
+        if not all(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in (self.codes, self.scales)):
+            return
+        if self.codes.ndim < 2 or self.scales.shape != scale_shape(self.codes.shape, self.tile):
+            wanted = scale_shape(self.codes.shape, self.tile) if self.codes.ndim >= 2 else "codes [..., M, N]"
+            raise ValueError(
+                f"Quantized: codes {self.codes.shape} in tiles {self.tile} need scales {wanted}, "
+                f"not {self.scales.shape}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[..., M, N]`, that of the codes."""
+        return self.codes.shape
+
+    @property
+    def T(self) -> Quantized:
+        """Each matrix transposed, and its tiles with it: the same values, nothing is quantised again."""
+        tile = None if self.tile is None else (self.tile[1], self.tile[0])
+        return Quantized(self.codes.mT, self.scales.mT, tile)
+
+    def dequantize(self, dtype: DTypeLike = jnp.float32) -> Array:
+        """The values, `[..., M, N]`: code × scale in float32 or wider, rounded to `dtype`."""
+        return reference.dequantize(self.codes, self.scales, self.tile, jnp.dtype(dtype))
+
+
+def quantize(
+    x: Array,
+    tile: Tile,
+    *,
+    dtype: DTypeLike = jnp.float8_e4m3fn,
+    power_of_two: bool = False,
+    implementation: str | None = None,
+) -> Quantized:
+    """Rounds x to FP8 with a scale per tile, which brings the tile's largest magnitude to the format's largest number.
+
+    `scale = max(amax, 1e-4) / largest`, where largest is 448 for E4M3 and 57344 for E5M2, and `code = cast(clip(x /
+    scale, ±largest))`, to nearest even; all in float32, the first quotient as a product with 1 / largest. A NaN or an
+    infinity makes its whole tile NaN, codes and scale.
+
+    Args:
+      x: `[..., M, N]` of any float dtype; no dimension need be a multiple of 128, and any may be zero.
+      tile: (1, 128), (128, 1), (128, 128), or None for one scale per matrix.
+      dtype: float8_e4m3fn, or float8_e5m2.
+      power_of_two: Rounds scales up to powers of two, so that dividing by them and multiplying by them is exact.
+      implementation: "reference", or None for the best that is supported here.
+
+    Raises:
+      ValueError: if x is no array of float matrices, or tile, dtype or implementation is unknown.
+    """
+    if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"quantize needs x [..., M, N] of a float dtype, not {x.shape} of {x.dtype}")
+    if tile not in TILES:
+        raise ValueError(f"quantize: tile must be (1, 128), (128, 1), (128, 128) or None, not {tile}")
+    if jnp.dtype(dtype) not in FORMATS:
+        raise ValueError(f"quantize: dtype must be float8_e4m3fn or float8_e5m2, not {jnp.dtype(dtype)}")
+    choose("quantize", implementation, {"reference": None})
+    codes, scales = reference.quantize(x, tile, jnp.dtype(dtype), power_of_two)
+    return Quantized(codes, scales, tile)
+
+
+def requantize(q: Quantized, tile: Tile, *, power_of_two: bool = False) -> Quantized:
+    """The values of q in other tiles and the same format: dequantised to float32 and quantised again.
+
+    For a weight's gradient: what was kept from the forward pass in 1×128 tiles is needed in 128×1. With powers of two
+    as scales on both sides no code loses a bit, unless it falls below the normal range of its new tile.
+    """
+    return quantize(q.dequantize(), tile, dtype=q.codes.dtype, power_of_two=power_of_two)
