@@ -42,7 +42,7 @@ def _tensor(entry: Entry, name: str, rng, dtype: np.dtype, fp8: Quantization | N
     if name.endswith("e_score_correction_bias"):
         yield name, values
     elif fp8 is not None and entry.may_be_fp8:
-        codes, scales = quantise(values, powers_of_two=fp8.scale_format == "ue8m0", block=fp8.block)
+        codes, scales = quantise(values, powers_of_two=fp8.scale_format == "ue8m0")
         yield name, codes
         yield f"{name}_scale_inv", scales.astype(ml_dtypes.float8_e8m0fnu) if e8m0 else scales
     else:

@@ -1,7 +1,8 @@
 """`report.html`: one self-contained page that shows what a run did, made from the files in its folder.
 
 Reads `config.json`, `metrics.jsonl`, `samples.jsonl` and `result.json`; whatever is missing is said to be missing, so
-a run that was stopped half-way has a report too. Nothing on the page is loaded from elsewhere, and no script runs.
+a run that was stopped half-way has a report too (`quantization.json` is only there if it was asked for). Nothing on
+the page is loaded from elsewhere, and no script runs.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from typing import Any
 from etils import epath
 
 from deepseek_jax.evaluation import report_plots as plots
+from deepseek_jax.evaluation.report_quantization import quantization_maps
 from deepseek_jax.paths import user_path, write_aside
 
 FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "result.json")
 REPORT_NAME = "report.html"
+QUANTIZATION_NAME = "quantization.json"
+"""What `tools.quantization_stats` writes into the folder."""
 
 
 class ReportError(ValueError):
@@ -55,6 +59,7 @@ class _Run:
         self.train = [record for record in metrics if record.get("kind") == "train"]
         self.evaluations = [record for record in metrics if record.get("kind") == "eval"]
         self.samples = self._lines("samples.jsonl")
+        self.quantization = self._document(QUANTIZATION_NAME) or {}
 
     @property
     def title(self) -> str:
@@ -183,7 +188,7 @@ details pre { border-top: 1px solid var(--line); }
 
 
 def _page(run: _Run) -> str:
-    sections = (_headline, _losses, _training, _experts, _samples, _machine, _config)
+    sections = (_headline, _losses, _training, _experts, _quantization, _samples, _machine, _config)
     with plots.styled():
         body = "\n".join(section(run) for section in sections)
     notes = _FORCED_BALANCE if run.forced_balance else ""
@@ -300,6 +305,14 @@ def _experts(run: _Run) -> str:
         )
         parts.append(_picture(devices, alt, caption, pixels=True))
     return "\n".join(parts)
+
+
+def _quantization(run: _Run) -> str:
+    if not run.quantization.get("tensors"):  # made when somebody asks for it: nothing is missing
+        return ""
+    figure, caption = quantization_maps(run.quantization)
+    alt = "heat maps of relative error and underflow of every quantised tensor, by layer"
+    return "<h2>Quantisation</h2>" + _picture(figure, alt, caption, pixels=True)
 
 
 def _samples(run: _Run) -> str:

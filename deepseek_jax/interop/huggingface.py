@@ -43,6 +43,9 @@ class HuggingFaceFolder:
     its shape and a dtype that can be read, and no other.
     """
 
+    compute: np.dtype | None = None
+    """See `WeightSource`: a folder does not say."""
+
     def __init__(self, folder: str | Path, *, check: bool = True):
         """Opens and checks a folder; `check=False` leaves it to the caller to look at `problems`."""
         self.path = Path(local_path(folder, "the Hugging Face folder"))

@@ -14,7 +14,7 @@ import numpy as np
 from deepseek_jax.config import ConfigError
 from deepseek_jax.interop.architecture import rope_interleaved, write_architecture
 from deepseek_jax.interop.errors import InteropError
-from deepseek_jax.interop.fp8 import BLOCK, E4M3, quantise, scale_shape
+from deepseek_jax.interop.fp8 import BLOCK, E4M3, scale_shape
 from deepseek_jax.interop.host import one_ahead
 from deepseek_jax.interop.huggingface import SCALE_SUFFIX
 from deepseek_jax.interop.layout import Entry
@@ -45,7 +45,9 @@ def save(
 ) -> None:
     """Writes a folder that `transformers`, and `deepseek_jax.load`, load.
 
-    Weights that are FP8 already keep their codes and scales wherever FP8 is asked for.
+    Weights that are FP8 already keep their codes and scales wherever FP8 is asked for. Those of a run become the codes
+    and scales that it trains with, if all of its linear layers run in FP8 with a scale by block (`fp8`; with powers of
+    two as scales, `fp8_ue8m0`).
 
     Args:
       source: where the weights are read from.
@@ -101,8 +103,7 @@ def convert(
     if tensor.scales is not None and stored == wanted:
         return tensor.values, tensor.scales
     assert wanted is not None
-    powers_of_two = wanted.scale_format == "ue8m0"
-    codes, scales = quantise(tensor.decoded(_FLOAT32), powers_of_two=powers_of_two, block=wanted.block)
+    codes, scales = tensor.quantised(powers_of_two=wanted.scale_format == "ue8m0")
     if not np.isfinite(scales).all():
         raise InteropError(f"{name} has values that are not finite, which have no scale; write bfloat16 or float32")
     return codes, scales
@@ -137,7 +138,7 @@ class _Writing:
         """Of the FP8 tensors that are written."""
         stored = source.quantization
         if precision == "fp8_ue8m0":
-            self.quantization = Quantization(stored.block if stored else BLOCK, "ue8m0")
+            self.quantization = Quantization(scale_format="ue8m0")
         elif precision in ("keep", "fp8"):
             self.quantization = stored or (Quantization() if precision == "fp8" else None)
 
@@ -149,6 +150,11 @@ class _Writing:
         if entry.name.endswith("router.bias"):
             return Form(_FLOAT32)
         if self.quantization is not None:
+            if entry.may_be_fp8 and self.quantization.block != BLOCK:
+                raise InteropError(
+                    f"{entry.tensors[0][0]} is not FP8, and codes are made for blocks of 128x128 alone, not "
+                    f"{'x'.join(map(str, self.quantization.block))} as the others': write bfloat16, or fp8_ue8m0"
+                )
             return Form(E4M3, _FLOAT32) if entry.may_be_fp8 else Form(_BFLOAT16)
         return Form(np.dtype(getattr(ml_dtypes, self.precision, self.precision)))
 

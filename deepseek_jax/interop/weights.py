@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.interop.fp8 import BLOCK, E4M3, dequantise
+from deepseek_jax.interop.fp8 import BLOCK, E4M3, dequantise, quantise
 from deepseek_jax.interop.layout import Entry
 from deepseek_jax.interop.quantization import Quantization
 
@@ -23,10 +23,17 @@ class Tensor(NamedTuple):
     scales: np.ndarray | None = None
     """`[⌈out/128⌉, ⌈in/128⌉]`, float32 or E8M0."""
     block: tuple[int, int] = BLOCK
+    compute: np.dtype | None = None
+    """See `WeightSource`."""
 
     def decoded(self, dtype: np.dtype) -> np.ndarray:
         """The values, which are rounded to `dtype` only where they are codes."""
         return self.values if self.scales is None else dequantise(self.values, self.scales, dtype, self.block)
+
+    def quantised(self, *, powers_of_two: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Codes and scales of 128×128 blocks, as training makes them: of what is left of the values in `compute`."""
+        values = self.decoded(np.dtype(np.float32))
+        return quantise(values if self.compute is None else values.astype(self.compute), powers_of_two=powers_of_two)
 
 
 class Form(NamedTuple):
@@ -49,6 +56,9 @@ class WeightSource(Protocol):
     entries: Mapping[str, Entry]
     quantization: Quantization | None
     """Of the tensors that are FP8; None where none is."""
+    compute: np.dtype | None
+    """What the run that trained them rounds its weights to before it works with them or quantises them; None where no
+    run of ours is known."""
 
     def form(self, entry: Entry) -> Form:
         """How the tensors of `entry` are stored."""
@@ -67,7 +77,7 @@ def read(source: WeightSource, entry: Entry, row: int, rows: slice | None = None
     """The tensors `entry.tensors[row]` with their scales, or these rows of one without scales, read now."""
     values = source.values(entry, row, rows)
     if not source.form(entry).is_fp8 or source.quantization is None:
-        return [Tensor(value) for value in values]
+        return [Tensor(value, compute=source.compute) for value in values]
     assert rows is None
     pairs = zip(values, source.scales(entry, row), strict=True)
     return [Tensor(value, scale, source.quantization.block) for value, scale in pairs]

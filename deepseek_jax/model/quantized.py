@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,17 +36,20 @@ def quantized(module: nnx.Module, name: str, config: Fp8Config) -> Quantized:
     return Quantized(codes, scales, weight_tile(config))
 
 
-def quantize_weights(module: nnx.Module, params: Tree, config: Fp8Config) -> tuple[Tree, Tree]:
-    """The quantised copies that a module declares, and its parameters with zeros in the place of those that have one.
+def quantized_names(module: nnx.Module) -> list[str]:
+    """The parameters of which a module declares a quantised copy, by their dotted names."""
+    names = flatten(abstract_values(module, QuantizedWeight))
+    return [name.removesuffix(_CODES) for name in names if name.endswith(_CODES)]
 
-    The layers do not read these; they are there for their gradients, in float32 or wider.
+
+def quantize_weights(module: nnx.Module, params: Tree, config: Fp8Config) -> tuple[Tree, Tree]:
+    """The quantised copies that a module declares, and its parameters with a `ShapeDtypeStruct` in the place of those
+    that have one: layers do not read these, and give them gradients in float32 or wider.
     """
-    arrays: dict[str, jax.Array] = flatten(params)
+    arrays: dict[str, Any] = flatten(params)
     copies: dict[str, jax.Array] = {}
-    for path in flatten(abstract_values(module, QuantizedWeight)):
-        if path.endswith(_CODES):
-            name = path.removesuffix(_CODES)
-            copy = quantize_weight(arrays[name], config)
-            copies |= {name + _CODES: copy.codes, name + _SCALES: copy.scales}
-            arrays[name] = jnp.zeros_like(arrays[name], jnp.promote_types(arrays[name].dtype, jnp.float32))
+    for name in quantized_names(module):
+        copy = quantize_weight(arrays[name], config)
+        copies |= {name + _CODES: copy.codes, name + _SCALES: copy.scales}
+        arrays[name] = jax.ShapeDtypeStruct(arrays[name].shape, jnp.promote_types(arrays[name].dtype, jnp.float32))
     return unflatten(copies), unflatten(arrays)

@@ -2,6 +2,7 @@ from deepseek_jax.ops.attention import attention, attention_backward, attention_
 from deepseek_jax.ops.cross_entropy import cross_entropy, cross_entropy_sum, vocab_partials
 from deepseek_jax.ops.embedding import lookup
 from deepseek_jax.ops.linear import linear
+from deepseek_jax.ops.saved import named
 from deepseek_jax.ops.swiglu import swiglu
 from pallas_kernels.block_scaled_matmul import block_scaled_matmul
 from pallas_kernels.grouped_matmul import (
@@ -25,6 +26,7 @@ __all__ = [
     "grouped_matmul_dx",
     "linear",
     "lookup",
+    "named",
     "preferred_alignment",
     "swiglu",
     "vocab_partials",

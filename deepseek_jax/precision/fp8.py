@@ -31,12 +31,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax import ops
+from deepseek_jax.precision import probe
 from deepseek_jax.precision.policy import Fp8Config
 from deepseek_jax.precision.products import Products
-from pallas_kernels.quantize import Quantized, quantize, quantize_e5m6, requantize
+from pallas_kernels.quantize import GRADIENT_AMAX, Quantized, quantize, quantize_e5m6, requantize
 
 ALIGNMENT = 128
 """Groups of rows start at multiples of this, so that no tile of 128×1 has rows of two experts."""
@@ -48,6 +48,8 @@ class _Layer:
 
     config: Fp8Config
     products: Products
+    matrix: tuple[int, ...]
+    """Shape of the weight."""
     travelled_x: bool = False
     """x has powers of two as scales: it came from another device, or is attention's output."""
     travelled_dy: bool = False
@@ -55,28 +57,40 @@ class _Layer:
 
     def input(self, x: Array) -> Quantized:
         """x in the tiles of Fprop."""
-        return quantize(x, self._tile(self.config.activations, (1, 128)), power_of_two=self._powers(self.travelled_x))
+        tile = self._tile(self.config.activations, (1, 128))
+        tiles = quantize(x, tile, power_of_two=self._powers(self.travelled_x))
+        probe.report("x for Fprop", self.matrix, x, tiles)
+        return tiles
 
     def retiled_input(self, x: Quantized | Array) -> Quantized:
         """x in the tiles of Wgrad, from those of Fprop or from more precise values."""
         tile = self._tile(self.config.activations, (128, 1))
         powers = self._powers(self.travelled_x)
         if isinstance(x, Quantized):
-            return requantize(x, tile, power_of_two=powers)
-        return quantize(x, tile, power_of_two=powers)
+            tiles = requantize(x, tile, power_of_two=powers)
+        else:
+            tiles = quantize(x, tile, power_of_two=powers)
+        probe.report("x for Wgrad", self.matrix, x, tiles)
+        return tiles
 
     def gradients(self, dy: Array) -> tuple[Quantized, Quantized]:
         """dy in the tiles of Dgrad and in those of Wgrad."""
+        rows, columns = self._tiled_gradients(dy)
+        probe.report("dy for Dgrad", self.matrix, dy, rows)
+        probe.report("dy for Wgrad", self.matrix, dy, columns)
+        return rows, columns
+
+    def _tiled_gradients(self, dy: Array) -> tuple[Quantized, Quantized]:
         dtype = jnp.float8_e4m3fn if self.config.gradient_format == "e4m3" else jnp.float8_e5m2
-        powers = self._powers(self.travelled_dy)
+        how: Any = {"power_of_two": self._powers(self.travelled_dy), "smallest_amax": GRADIENT_AMAX}
         if self.config.gradients == "block":
-            blocks = quantize(dy, (128, 128), dtype=dtype, power_of_two=powers)
+            blocks = quantize(dy, (128, 128), dtype=dtype, **how)
             return blocks, blocks
-        rows = quantize(dy, self._tile(self.config.gradients, (1, 128)), dtype=dtype, power_of_two=powers)
+        rows = quantize(dy, self._tile(self.config.gradients, (1, 128)), dtype=dtype, **how)
         columns = self._tile(self.config.gradients, (128, 1))
         if self.travelled_dy:
-            return rows, requantize(rows, columns, power_of_two=powers)
-        return rows, quantize(dy, columns, dtype=dtype, power_of_two=powers)
+            return rows, requantize(rows, columns, **how)
+        return rows, quantize(dy, columns, dtype=dtype, **how)
 
     def _powers(self, of_paper: bool) -> bool:
         return of_paper or self.config.power_of_two_scales
@@ -101,7 +115,7 @@ def quantize_weight(w: Array, config: Fp8Config) -> Quantized:
 
 def linear(x: Array, w: Array, quantized: Quantized, config: Fp8Config) -> Array:
     """`x @ w` for x `[..., K]` and w `[K, N]`, of which `quantized` is read: `[..., N]` of x's dtype."""
-    layer = _Layer(config, Products(promote=config.promote))
+    layer = _Layer(config, Products(promote=config.promote), w.shape)
     return _linear(layer, x.reshape(-1, x.shape[-1]), w, quantized, None).reshape(*x.shape[:-1], w.shape[-1])
 
 
@@ -110,7 +124,7 @@ def routed_linear(rows: Array, w: Array, quantized: Quantized, group_sizes: Arra
 
     Groups start at multiples of `ALIGNMENT`; rows that belong to none are zero.
     """
-    layer = _Layer(config, Products(alignment=ALIGNMENT), travelled_x=True)
+    layer = _Layer(config, Products(alignment=ALIGNMENT), w.shape, travelled_x=True)
     return _linear(layer, rows, w, quantized, group_sizes)
 
 
@@ -149,7 +163,7 @@ class _Like:
 
 def swiglu_linear(gate_up: Array, w: Array, quantized: Quantized, config: Fp8Config) -> Array:
     """`swiglu(gate_up) @ w` for gate_up `[..., 2F]` and w `[F, N]`."""
-    layer = _Layer(config, Products(promote=config.promote))
+    layer = _Layer(config, Products(promote=config.promote), w.shape)
     y = _swiglu_linear(layer, gate_up.reshape(-1, gate_up.shape[-1]), None, w, quantized, None)
     return y.reshape(*gate_up.shape[:-1], w.shape[-1])
 
@@ -158,7 +172,7 @@ def routed_swiglu_linear(
     gate_up: Array, weights: Array, w: Array, quantized: Quantized, group_sizes: Array, config: Fp8Config
 ) -> Array:
     """The same for rows `[M, 2F]` in groups, each row times its combine weight `[M]`; see `routed_linear`."""
-    layer = _Layer(config, Products(alignment=ALIGNMENT), travelled_dy=True)
+    layer = _Layer(config, Products(alignment=ALIGNMENT), w.shape, travelled_dy=True)
     return _swiglu_linear(layer, gate_up, weights, w, quantized, group_sizes)
 
 
@@ -176,7 +190,9 @@ def _swiglu_linear(layer: _Layer, gate_up, weights, w, quantized, group_sizes):
 
 def _swiglu_forward(layer: _Layer, gate_up, weights, w, quantized, group_sizes):
     y = layer.products.forward(layer.input(_hidden(gate_up, weights)), quantized, group_sizes, gate_up.dtype)
-    kept = named(quantize(gate_up, (1, 128), power_of_two=layer.config.power_of_two_scales), "gate_up")
+    kept = quantize(gate_up, (1, 128), power_of_two=layer.config.power_of_two_scales)
+    probe.report("SwiGLU's input, kept", layer.matrix, gate_up, kept)
+    kept = ops.named(kept, "gate_up")
     return y, (kept, weights, quantized, group_sizes, _Like(gate_up.dtype), _Like(w.dtype))
 
 
@@ -210,7 +226,7 @@ def attention_output(
 
     For the backward pass of both, attention's output is kept in E5M6 (12 bits), with powers of two as scales.
     """
-    layer = _Layer(config, Products(promote=config.promote), travelled_x=True)
+    layer = _Layer(config, Products(promote=config.promote), w.shape, travelled_x=True)
     return _attention_output(layer, float(scale), q, k, v, segment_ids, w, quantized)
 
 
@@ -223,7 +239,9 @@ def _attention_forward(layer: _Layer, scale: float, q, k, v, segment_ids, w, qua
     out, saved = ops.attention_forward(q, k, v, scale=scale, segment_ids=segment_ids)
     joined = out.reshape(-1, w.shape[0])
     y = layer.products.forward(layer.input(joined), quantized, None, out.dtype)
-    kept = named(quantize_e5m6(joined), "attention_out")
+    kept = quantize_e5m6(joined)
+    probe.report("attention's output, kept", layer.matrix, joined, kept)
+    kept = ops.named(kept, "attention_out")
     return y.reshape(*out.shape[:2], -1), (saved, kept, quantized, _Like(v.dtype), _Like(w.dtype))
 
 
@@ -239,8 +257,3 @@ def _attention_backward(layer: _Layer, scale: float, kept, dy):
 
 
 _attention_output.defvjp(_attention_forward, _attention_backward)
-
-
-def named(tree: Any, name: str) -> Any:
-    """Every leaf under a name for `jax.checkpoint`."""
-    return jax.tree.map(lambda leaf: checkpoint_name(leaf, name), tree)

@@ -78,6 +78,14 @@ class PrecisionPolicy:
             "precision.dispatch=float8 rounds what routed experts read, so they have to run in FP8: set precision.fp8 "
             "with routed_experts among its layers, or precision.dispatch=none",
         )
+        if self.dispatch == "float8" and self.fp8 is not None:
+            tiles = (self.fp8.activations, self.fp8.gradients, self.fp8.gradient_format)
+            require(
+                tiles == ("tile", "tile", "e4m3"),
+                "precision.dispatch=float8 sends E4M3 in tiles of 1×128, and precision.fp8 with activations="
+                f"{tiles[0]}, gradients={tiles[1]} and gradient_format={tiles[2]} would round what came once more than "
+                "one device does; set precision.dispatch=none",
+            )
 
 
 def only_for(kind: LinearKind, fp8: Fp8Config | None) -> Fp8Config | None:

@@ -121,6 +121,8 @@ class Experiment:
     `--init_from`, which takes the architecture and the tokenizer from there as well."""
     seed: int = 0
     """Decides initial weights and the order of data."""
+    weights_seed: int | None = None
+    """Decides the initial weights instead, where it is given: the same data in the same order from other weights."""
     mask_documents: bool = False
     """Keep attention and predictions within each packed document (SFT). Pre-training does not (section 4.1)."""
     force_balanced_routing: bool = False

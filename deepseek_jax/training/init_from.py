@@ -51,7 +51,7 @@ def starting_from(experiment: Experiment, init_from: str) -> Experiment:
 def first_state(experiment: Experiment, trainer: Trainer) -> TrainState:
     """The state before the first step: drawn from the seed, or with the weights of `experiment.init_from`."""
     if experiment.init_from is None:
-        return trainer.initial_state(experiment.seed)
+        return trainer.initial_state(experiment.seed if experiment.weights_seed is None else experiment.weights_seed)
     with open_weights(experiment.init_from) as source:
         _check_same(experiment, source.model)
         return trainer.fresh_state(*load_state(source, trainer.params_layout, trainer.bias_layout))

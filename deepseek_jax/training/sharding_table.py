@@ -7,6 +7,7 @@ devices takes seconds.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deepseek_jax.config import require
+from deepseek_jax.model.quantized import quantized_names
 from deepseek_jax.model.targets import Microbatch
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.mesh import AXES, ParallelConfig
@@ -24,6 +26,7 @@ from deepseek_jax.parallel.pipeline.steady import known_ticks
 from deepseek_jax.parallel.pipeline.tables import make_tables, work_shares
 from deepseek_jax.parallel.placement import KINDS, ParameterLayout, place
 from deepseek_jax.planning.collectives import Collective, collectives
+from deepseek_jax.precision.fp8 import quantize_weight
 from deepseek_jax.training.experiment import Experiment
 from deepseek_jax.training.optimizer import map_moments
 from deepseek_jax.training.step import Hyperparameters, Trainer, TrainState
@@ -50,7 +53,7 @@ class ParameterRow:
     master_bytes: int
     moment_bytes: int
     copy_bytes: int
-    """Of the working copy; 0 where the master is used itself."""
+    """Of the working copy, of its codes and scales in FP8; 0 where the master is used itself."""
     gradient_bytes: int
     """Of the sum over microbatches, float32; 0 for router biases."""
 
@@ -196,6 +199,7 @@ def _rows(
     specs, arrays = flatten(layout.specs), flatten(values)
     copies = flatten(dataclasses.replace(layout, zero=False).partition())
     rows = []
+    in_fp8 = set(quantized_names(trainer.model))
     for name, array in arrays.items():
         spec, kind, sharding = specs[name], name.split(".")[0], array.sharding
         layers = [name]
@@ -203,7 +207,13 @@ def _rows(
             layers = [layer for *_, layer in layout.placement.arrays(kind, [name.partition(".")[2]])]
         modules = sum(layer.startswith("mtp.") for layer in layers)
         dtype = array.dtype if spec.full_precision else jnp.dtype(trainer.config.compute_dtype)
-        whole = math.prod(NamedSharding(trainer.mesh, copies[name]).shard_shape(array.shape))
+        shape = NamedSharding(trainer.mesh, copies[name]).shard_shape(array.shape)
+        whole = math.prod(shape)
+        copy_bytes = whole * dtype.itemsize
+        if name in in_fp8:
+            assert trainer.model.fp8 is not None
+            copy = jax.eval_shape(functools.partial(quantize_weight, config=trainer.model.fp8), _like(shape))
+            dtype, copy_bytes = copy.codes.dtype, whole + copy.scales.size * copy.scales.dtype.itemsize
         is_copied = dtype != array.dtype or copies[name] != sharding.spec
         # Where two directions share the model, a device works with its own stage and with the mirrored one.
         mirrored = layout.placement.stage_map.copies - 1 if kind in KINDS else 0
@@ -218,11 +228,15 @@ def _rows(
                 mtp_elements=modules * math.prod(spec.shape),
                 master_bytes=_shard_bytes(array),
                 moment_bytes=0 if moments is None else moments[name],
-                copy_bytes=whole * dtype.itemsize * (is_copied + mirrored),
+                copy_bytes=copy_bytes * (is_copied + mirrored),
                 gradient_bytes=0 if moments is None else whole * 4 * (1 + mirrored),
             )
         )
     return tuple(rows)
+
+
+def _like(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def _moments(state: TrainState) -> tuple[dict[str, int], int]:

@@ -361,7 +361,7 @@ class Trainer:
         if self.model.fp8 is None:
             return params, fixed
         copies, params = quantize_weights(self.model, params, self.model.fp8)
-        return to_varying(params, AXES), merge(fixed, copies)
+        return params, merge(fixed, copies)
 
     def _restack(self, gradients: Tree) -> Tree:
         return {k: map_leaves(lambda g: g[None], tree) if k in KINDS else tree for k, tree in gradients.items()}

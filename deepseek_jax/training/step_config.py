@@ -57,9 +57,10 @@ def step_config(experiment: Experiment) -> StepConfig:
         zero=parallel.zero,
         dispatcher=parallel.dispatcher,
         capacity=parallel.capacity,
-        dispatch_dtype=_wire(precision.dispatch),
+        dispatch_dtype=wire(precision.dispatch),
     )
 
 
-def _wire(dispatch: DispatchDtype | None) -> Any:
+def wire(dispatch: DispatchDtype | None) -> Any:
+    """A policy's dispatch as `StepConfig.dispatch_dtype`."""
     return FP8 if dispatch == "float8" else dispatch and jnp.dtype(dispatch)

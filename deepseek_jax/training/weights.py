@@ -59,6 +59,8 @@ class CheckpointWeights:
         self.config: Mapping[str, Any] | None = documents.get(CONFIG_DOCUMENT)
         """config.json of the Hugging Face folder that it comes from; None where it was trained here."""
         self.model: ModelConfig = from_dict(ModelConfig, documents["meta"]["model"])
+        compute = documents.get("config", {}).get("precision", {}).get("compute")
+        self.compute: np.dtype | None = None if compute is None else np.dtype(compute)
         interleaved = self.config is None or rope_interleaved(self.config)
         self.entries: Mapping[str, Entry] = entries(self.model, rope_interleaved=interleaved)
         self._prefix = MOVING_AVERAGE if average else ""

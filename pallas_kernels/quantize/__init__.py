@@ -1,4 +1,13 @@
-from pallas_kernels.quantize.api import Quantized, quantize, requantize
+from pallas_kernels.quantize.api import GRADIENT_AMAX, Quantized, quantize, requantize
 from pallas_kernels.quantize.e5m6 import PackedE5M6, pack_e5m6, quantize_e5m6, unpack_e5m6
 
-__all__ = ["PackedE5M6", "Quantized", "pack_e5m6", "quantize", "quantize_e5m6", "requantize", "unpack_e5m6"]
+__all__ = [
+    "GRADIENT_AMAX",
+    "PackedE5M6",
+    "Quantized",
+    "pack_e5m6",
+    "quantize",
+    "quantize_e5m6",
+    "requantize",
+    "unpack_e5m6",
+]

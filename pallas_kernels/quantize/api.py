@@ -19,6 +19,9 @@ from pallas_kernels.quantize import reference
 from pallas_kernels.quantize.reference import Tile, scale_shape
 
 TILES: tuple[Tile, ...] = ((1, 128), (128, 1), (128, 128), None)
+GRADIENT_AMAX = 2.0**-100
+"""`smallest_amax` for gradients. A loss that is a mean over 63 million tokens has gradients far below 1e-4 everywhere:
+with that floor, most would be zero. Scales are still normal float32 numbers."""
 FORMATS = (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2))
 
 
@@ -73,19 +76,22 @@ def quantize(
     *,
     dtype: DTypeLike = jnp.float8_e4m3fn,
     power_of_two: bool = False,
+    smallest_amax: float = 1e-4,
     implementation: str | None = None,
 ) -> Quantized:
     """Rounds x to FP8 with a scale per tile, which brings the tile's largest magnitude to the format's largest number.
 
-    `scale = max(amax, 1e-4) / largest`, where largest is 448 for E4M3 and 57344 for E5M2, and `code = cast(clip(x /
-    scale, ±largest))`, to nearest even; all in float32, the first quotient as a product with 1 / largest. A NaN or an
-    infinity makes its whole tile NaN, codes and scale.
+    `scale = max(amax, smallest_amax) / largest`, where largest is 448 for E4M3 and 57344 for E5M2, and
+    `code = cast(clip(x / scale, ±largest))`, to nearest even; all in float32, the first quotient as a product with
+    1 / largest. A NaN or an infinity makes its whole tile NaN, codes and scale.
 
     Args:
       x: `[..., M, N]` of any float dtype; no dimension need be a multiple of 128, and any may be zero.
       tile: (1, 128), (128, 1), (128, 128), or None for one scale per matrix.
       dtype: float8_e4m3fn, or float8_e5m2.
       power_of_two: Rounds scales up to powers of two, so that dividing by them and multiplying by them is exact.
+      smallest_amax: A tile whose largest magnitude is below this gets the scale of one where it is this: 1e-4 as the
+        public quantisers have it, `GRADIENT_AMAX` for gradients.
       implementation: "reference", or None for the best that is supported here.
 
     Raises:
@@ -98,14 +104,14 @@ def quantize(
     if jnp.dtype(dtype) not in FORMATS:
         raise ValueError(f"quantize: dtype must be float8_e4m3fn or float8_e5m2, not {jnp.dtype(dtype)}")
     choose("quantize", implementation, {"reference": None})
-    codes, scales = reference.quantize(x, tile, jnp.dtype(dtype), power_of_two)
+    codes, scales = reference.quantize(x, tile, jnp.dtype(dtype), power_of_two, float(smallest_amax))
     return Quantized(codes, scales, tile)
 
 
-def requantize(q: Quantized, tile: Tile, *, power_of_two: bool = False) -> Quantized:
+def requantize(q: Quantized, tile: Tile, *, power_of_two: bool = False, smallest_amax: float = 1e-4) -> Quantized:
     """The values of q in other tiles and the same format: dequantised to float32 and quantised again.
 
     For a weight's gradient: what was kept from the forward pass in 1×128 tiles is needed in 128×1. With powers of two
     as scales on both sides no code loses a bit, unless it falls below the normal range of its new tile.
     """
-    return quantize(q.dequantize(), tile, dtype=q.codes.dtype, power_of_two=power_of_two)
+    return quantize(q.dequantize(), tile, dtype=q.codes.dtype, power_of_two=power_of_two, smallest_amax=smallest_amax)

@@ -54,7 +54,7 @@ def quantize_e5m6(x: Array) -> PackedE5M6:
     """
     if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"quantize_e5m6 needs x [..., M, N] of a float dtype, not {x.shape} of {x.dtype}")
-    scales = scales_of(x, _TILE, LARGEST, True)
+    scales = scales_of(x, _TILE, LARGEST, True, 1e-4)
     return PackedE5M6(pack_e5m6(x.astype(jnp.float32) / spread(scales, _TILE, x.shape)), scales)
 
 

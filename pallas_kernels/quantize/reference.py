@@ -12,8 +12,6 @@ from jax import Array, lax
 Tile = tuple[int, int] | None
 """Rows and columns that share a scale; None: one scale per matrix."""
 
-_SMALLEST_AMAX = np.float32(1e-4)  # a tile of zeros, or of nearly nothing, gets a scale that divides it into zeros
-
 
 def scale_shape(shape: tuple[int, ...], tile: Tile) -> tuple[int, ...]:
     """The shape of the scales of an array `[..., M, N]`: `[..., ⌈M / tile rows⌉, ⌈N / tile columns⌉]`."""
@@ -23,12 +21,12 @@ def scale_shape(shape: tuple[int, ...], tile: Tile) -> tuple[int, ...]:
     return (*leading, -(-rows // tile[0]), -(-columns // tile[1]))
 
 
-@functools.partial(jax.jit, static_argnames=("tile", "largest", "power_of_two"))
-def scales_of(x: Array, tile: Tile, largest: float, power_of_two: bool) -> Array:
+@functools.partial(jax.jit, static_argnames=("tile", "largest", "power_of_two", "smallest_amax"))
+def scales_of(x: Array, tile: Tile, largest: float, power_of_two: bool, smallest_amax: float) -> Array:
     """float32 scales of x `[..., M, N]`, which bring the largest of each tile to `largest`, or just below it.
 
-    The scale is the product of the tile's largest magnitude, at least 1e-4, and the float32 next to 1 / largest. With
-    `power_of_two` it is rounded up to one. It is NaN where the tile holds a NaN or an infinity.
+    The scale is the product of the tile's largest magnitude, at least `smallest_amax`, and the float32 next to
+    1 / largest. With `power_of_two` it is rounded up to one. It is NaN where the tile holds a NaN or an infinity.
     """
     *leading, rows, columns = x.shape
     high, wide = (rows, columns) if tile is None else tile
@@ -38,7 +36,7 @@ def scales_of(x: Array, tile: Tile, largest: float, power_of_two: bool) -> Array
     bits = lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.int32)
     edges = [(0, 0)] * len(leading) + [(0, down * high - rows), (0, across * wide - columns)]
     tiles = jnp.pad(bits, edges).reshape(*leading, down, high, across, wide)
-    amax = lax.bitcast_convert_type(tiles.max((-3, -1), initial=_SMALLEST_AMAX.view(np.int32)), jnp.float32)
+    amax = lax.bitcast_convert_type(tiles.max((-3, -1), initial=np.float32(smallest_amax).view(np.int32)), jnp.float32)
     # A product, since XLA makes one of a division by a constant; both are exact where amax is largest times 2^n.
     scales = amax * jnp.float32(1 / largest)
     if power_of_two:
@@ -62,11 +60,11 @@ def spread(scales: Array, tile: Tile, shape: tuple[int, ...]) -> Array:
     return scales
 
 
-@functools.partial(jax.jit, static_argnames=("tile", "dtype", "power_of_two"))
-def quantize(x: Array, tile: Tile, dtype: jnp.dtype, power_of_two: bool) -> tuple[Array, Array]:
+@functools.partial(jax.jit, static_argnames=("tile", "dtype", "power_of_two", "smallest_amax"))
+def quantize(x: Array, tile: Tile, dtype: jnp.dtype, power_of_two: bool, smallest_amax: float) -> tuple[Array, Array]:
     """Codes `[..., M, N]` of `dtype` and their scales: `code = round(clip(x / scale))`."""
     largest = float(jnp.finfo(dtype).max)
-    scales = scales_of(x, tile, largest, power_of_two)
+    scales = scales_of(x, tile, largest, power_of_two, smallest_amax)
     # Clipped, because a cast out of range is NaN, and x / scale may be rounded up beyond it.
     return clip(x.astype(jnp.float32) / spread(scales, tile, x.shape), largest).astype(dtype), scales
 

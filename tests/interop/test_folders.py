@@ -394,6 +394,22 @@ def test_what_is_not_finite_has_no_scale(tmp_path, value):
         saved(changed(tmp_path, spoil), tmp_path / "fp8", precision="fp8")
 
 
+def test_codes_are_made_for_blocks_of_128_alone(tmp_path):
+    """Folders with others are read; what is not FP8 in them cannot become so in their blocks."""
+
+    def one_in_bfloat16(tensors):
+        tensors[O_PROJ] = tensors[O_PROJ].astype(BFLOAT16)
+        del tensors[f"{O_PROJ}_scale_inv"]
+
+    folder = changed(tmp_path, one_in_bfloat16, fp8=Quantization(block=(64, 64)))
+    message = f"{O_PROJ} is not FP8, and codes are made for blocks of 128x128 alone, not 64x64 as the others'"
+    with pytest.raises(InteropError, match=message):
+        saved(folder, tmp_path / "fp8", precision="fp8")
+    out = saved(folder, tmp_path / "powers", precision="fp8_ue8m0")
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["weight_block_size"] == [128, 128]
+    assert read_tensors(out)[O_PROJ].dtype == ml_dtypes.float8_e4m3fn
+
+
 @pytest.mark.parametrize("wanted", [True, False])
 def test_a_text_begins_as_the_folder_says(tmp_path, wanted):
     """DeepSeek's tokenizer.json puts nothing before a text; `add_bos_token` beside it does."""

@@ -255,6 +255,34 @@ def test_an_export_of_bfloat16_in_float32_has_the_same_bits(family, tmp_path):
         assert torch.equal(loaded[name], tensor.float()), name
 
 
+BLOCKS = {
+    **{"hidden_size": 256, "q_lora_rank": 128, "kv_lora_rank": 128, "qk_nope_head_dim": 128, "qk_rope_head_dim": 128},
+    **{"v_head_dim": 64, "moe_intermediate_size": 128, "intermediate_size": 256, "n_shared_experts": 1},
+}
+"""Whole blocks of 128×128: theirs takes rows over rows of scales for the size of a block, which ragged ones belie."""
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fp8_ue8m0"])
+def test_an_fp8_folder_is_decoded_to_the_same_weights_and_logits_there_and_here(precision, tmp_path, monkeypatch):
+    # It asks for accelerate, which on one device it does not use.
+    monkeypatch.setattr("transformers.quantizers.quantizer_finegrained_fp8.is_accelerate_available", lambda: True)
+    hf.random_model(fixed("v3", **BLOCKS), 7).save_pretrained(tmp_path / "in")
+    with HuggingFaceFolder(tmp_path / "in") as source:
+        save(source, tmp_path / "out", precision=precision, config=source.config, progress=False)
+    tensors = tensors_of(tmp_path / "out")
+    assert sum(tensor.dtype == torch.float8_e4m3fn for tensor in tensors.values()) == 3 * 5 + 3 + 2 * (12 + 1) * 3
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out",
+        **{"dtype": torch.float32, "experts_implementation": "eager"},
+        quantization_config=transformers.FineGrainedFP8Config(dequantize=True),
+    )
+    theirs = theirs.eval().float()  # what is not FP8 stays BF16
+    name = "model.layers.0.self_attn.q_b_proj.weight"
+    scales = tensors[f"{name}_scale_inv"].repeat_interleave(128, 0).repeat_interleave(128, 1)
+    assert torch.equal(theirs.state_dict()[name], tensors[name].float() * scales)
+    assert_same_logits(deepseek_jax.load(tmp_path / "out", dtype=np.float32, progress=False), theirs, prompts(97))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_generation_gives_the_same_tokens(family, folders):
     """Ours in one batch of unequal prompts, theirs one by one."""

@@ -69,6 +69,15 @@ def test_products_are_close_to_those_of_full_precision():
     assert cosine_difference(dw, x.T @ dy) < 1.5e-3
 
 
+def test_gradients_may_be_as_small_as_those_of_a_mean_over_millions_of_tokens():
+    """Scaled by 2^-30, nothing but exponents changes."""
+    x, w, copy, dy, _, dx, dw = plain()
+    _, pull = jax.vjp(lambda x, w: fp8.linear(x, w, copy, V3), x, w)
+    for small, whole in zip(pull(dy * 2.0**-30), (dx, dw), strict=True):
+        np.testing.assert_allclose(small * 2.0**30, whole, rtol=1e-6, atol=1e-6)
+        assert float(jnp.abs(small).max()) < 1e-6
+
+
 COMPARISONS = {
     "weights": ("tensor", lambda x, dy, w: (quantize(x, (1, 128)), quantize(dy, (1, 128)), quantize(w, None))),
     "activations": ("tensor", lambda x, dy, w: (quantize(x, None), quantize(dy, (1, 128)), quantize(w, (128, 128)))),

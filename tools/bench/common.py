@@ -8,16 +8,19 @@ import platform
 from pathlib import Path
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.precision.policy import Fp8Config
 from experiments.cores import usable_cores
 
 ROWS, LENGTH = 8, 512
 """Sequences of a batch, and the tokens that each predicts."""
 
 
-def make_trainer(config: ModelConfig, axes: dict[str, int] | None = None, **step_options):
+def make_trainer(
+    config: ModelConfig, axes: dict[str, int] | None = None, *, fp8: Fp8Config | None = None, **step_options
+):
     """A trainer on all devices, a batch of random tokens, and the scalars of a step; jax starts here.
 
-    `axes` lays the devices out (`ParallelConfig`'s); by default they are data ranks.
+    `axes` lays the devices out (`ParallelConfig`'s); by default they are data ranks. `fp8`: see `Transformer`.
     """
     import jax
     import jax.numpy as jnp
@@ -33,7 +36,7 @@ def make_trainer(config: ModelConfig, axes: dict[str, int] | None = None, **step
 
     mesh = make_mesh(ParallelConfig(**(axes or {"data": jax.device_count()})))
     optimizer = OptimizerConfig().make
-    trainer = Trainer(Transformer(config), place(config), mesh, optimizer, StepConfig(**step_options))
+    trainer = Trainer(Transformer(config, fp8), place(config), mesh, optimizer, StepConfig(**step_options))
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, LENGTH + 1)).astype(np.int32)
     ones, positions = np.ones_like(tokens), np.broadcast_to(np.arange(LENGTH + 1, dtype=np.int32), tokens.shape)
     batch = jax.device_put(Microbatch(tokens, ones, positions, ones))

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.planning.memory import layer_activations
+from deepseek_jax.planning.pipeline_memory import StageBytes
 from tools.bench.pipeline_cases import lowered, make_trainer, model_of
 
 
@@ -31,8 +35,38 @@ def measure_memory(ranks: str, microbatches: str, schedule: str, overlap: str) -
     return {"temporaries": plan.temp_size_in_bytes, **dataclasses.asdict(expected), "total": expected.total}
 
 
-def stage_bytes(trainer, shape: tuple[int, int]):
+def stage_bytes(trainer, shape: tuple[int, int]) -> StageBytes:
     """`StageBytes` of a trainer's stages, traced for a global batch of this shape."""
+    import jax
+
+    def read(run) -> StageBytes:
+        totals, shapes = run._no_totals(), run.shapes
+        slots = run.stages.slots
+        layer = layer_activations(trainer.model.config, dense=False) * trainer._microbatch_tokens(shape)
+        return StageBytes(
+            x=bytes_of(shapes.out.x),
+            output=bytes_of(shapes.out.hidden),
+            residual=bytes_of(shapes.residual),
+            stash=bytes_of(shapes.stash),
+            weights=bytes_of(run.weights) // slots,
+            gradients=bytes_of(totals.stacks) // slots,
+            ends=bytes_of(run.ends),
+            ends_gradients=bytes_of((totals.ends, totals.shared)),
+            layer=layer * jax.tree.leaves(shapes.out.x)[0].dtype.itemsize,
+        )
+
+    return trace_run(trainer, shape, read)
+
+
+def bytes_of(tree) -> int:
+    """Of all arrays of a tree."""
+    import jax
+
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def trace_run(trainer, shape: tuple[int, int], read: Callable[[Any], Any]) -> Any:
+    """What `read` says of the pipeline's `_Run` while a step is traced for a global batch of this shape."""
     import jax
     import jax.numpy as jnp
 
@@ -42,36 +76,18 @@ def stage_bytes(trainer, shape: tuple[int, int]):
     from deepseek_jax.parallel.pipeline.tables import make_tables
     from deepseek_jax.parallel.pipeline.ticks import Machine, _Run
     from deepseek_jax.parallel.sharding import BATCH_SPEC
-    from deepseek_jax.planning.memory import layer_activations
-    from deepseek_jax.planning.pipeline_memory import StageBytes
     from deepseek_jax.training.sharding_table import abstract_state
 
-    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
     found = []
 
     def device(state, batch):
-        microbatches, _ = trainer._microbatches(batch, trainer.dispatchers(shape)[0])
+        dispatcher = trainer.dispatchers(shape)[0]
+        microbatches, _ = trainer._microbatches(batch, dispatcher)
         schedule = trainer.schedule.make(trainer.microbatches(shape))
-        staged = Stage(trainer.staged(trainer.dispatchers(shape)[0]), trainer.config.recompute)
+        staged = Stage(trainer.staged(dispatcher), trainer.config.recompute)
         machine = Machine(staged, schedule, trainer.placement.occupied())
         scales = LossScales(*(jnp.zeros((), jnp.float32) for _ in LossScales._fields))
-        run = _Run(machine, make_tables(schedule), *trainer._local_weights(state), microbatches, scales)
-        totals, shapes = run._no_totals(), run.shapes
-        tokens = jax.tree.leaves(microbatches)[0].shape[1] * (shape[1] - 1)
-        layer = layer_activations(trainer.model.config, dense=False) * tokens
-        found.append(
-            StageBytes(
-                x=size(shapes.out.x),
-                output=size(shapes.out.hidden),
-                residual=size(shapes.residual),
-                stash=size(shapes.stash),
-                weights=size(run.weights) // schedule.stages.slots,
-                gradients=size(totals.stacks) // schedule.stages.slots,
-                ends=size(run.ends),
-                ends_gradients=size((totals.ends, totals.shared)),
-                layer=layer * jax.tree.leaves(shapes.out.x)[0].dtype.itemsize,
-            )
-        )
+        found.append(read(_Run(machine, make_tables(schedule), *trainer._local_weights(state), microbatches, scales)))
         return jnp.zeros(())
 
     batch = Microbatch(*[jax.ShapeDtypeStruct(shape, jnp.int32)] * len(Microbatch._fields))

@@ -1,7 +1,7 @@
 """Rows along hops to the devices of their experts, and back; each way is the backward pass of the other.
 
 With an FP8 wire (section 3.3.3), a row sets out as E4M3 codes and a float32 scale for every 128 of them, and is
-dequantised where it arrives. Scales are powers of two, so an expert that quantises what arrived finds the same codes:
+dequantised where it arrives. Scales are powers of two, so an expert that quantises what arrived finds the same values:
 nothing is rounded twice, and one device, where nothing travels, computes the same. What is summed, on the way back,
 travels in its own dtype.
 """
@@ -14,10 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
+from deepseek_jax.ops.saved import named
 from deepseek_jax.parallel.dispatch.hop import Hop, Leg
-from pallas_kernels.quantize import Quantized, quantize
+from pallas_kernels.quantize import GRADIENT_AMAX, Quantized, quantize
 
 FP8 = jnp.dtype(jnp.float8_e4m3fn)
 """As a wire: codes with scales."""
@@ -42,12 +42,16 @@ def bytes_there(width: int, wire: Any) -> int:
     return width * wire.itemsize + (4 * -(-width // 128) if wire == FP8 else 0)
 
 
-def _go(hops: tuple[Hop, ...], wire: Any, x: jax.Array, legs: tuple[Leg, ...]) -> jax.Array:
-    rows: Any = x if wire is None else quantize(x, (1, 128), power_of_two=True) if wire == FP8 else x.astype(wire)
+def _go(hops: tuple[Hop, ...], wire: Any, x: jax.Array, legs: tuple[Leg, ...], smallest: float) -> jax.Array:
+    rows: Any = x
+    if wire == FP8:
+        rows = quantize(x, (1, 128), power_of_two=True, smallest_amax=smallest)
+    elif wire is not None:
+        rows = x.astype(wire)
     for hop, leg in zip(hops, legs, strict=True):
         rows = jax.tree.map(functools.partial(hop.send, leg=leg), rows)
     # Named, so that a layer that is computed again for its backward pass need not send its tokens again.
-    rows = jax.tree.map(lambda leaf: checkpoint_name(leaf, "dispatched_rows"), rows)
+    rows = named(rows, "dispatched_rows")
     return rows.dequantize(x.dtype) if isinstance(rows, Quantized) else rows.astype(x.dtype)
 
 
@@ -58,14 +62,18 @@ def _return(hops: tuple[Hop, ...], wire: Any, y: jax.Array, legs: tuple[Leg, ...
     return y
 
 
+def _tokens_go(hops: tuple[Hop, ...], wire: Any, x: jax.Array, legs: tuple[Leg, ...]) -> jax.Array:
+    return _go(hops, wire, x, legs, 1e-4)
+
+
 # Their forward passes call the plain functions: a name inside of a function with a derivative of its own is not seen.
-_there = jax.custom_vjp(_go, nondiff_argnums=(0, 1))
+_there = jax.custom_vjp(_tokens_go, nondiff_argnums=(0, 1))
 _back = jax.custom_vjp(_return, nondiff_argnums=(0, 1))
 _there.defvjp(
-    lambda hops, wire, x, legs: (_go(hops, wire, x, legs), legs),
+    lambda hops, wire, x, legs: (_tokens_go(hops, wire, x, legs), legs),
     lambda hops, wire, legs, g: (_return(hops, wire, g, legs), None),
 )
 _back.defvjp(
     lambda hops, wire, y, legs: (_return(hops, wire, y, legs), legs),
-    lambda hops, wire, legs, g: (_go(hops, wire, g, legs), None),
+    lambda hops, wire, legs, g: (_go(hops, wire, g, legs, GRADIENT_AMAX), None),
 )

@@ -21,7 +21,7 @@ def zeros(tree: Any, rows: int | None = None) -> Any:
 
 def wide_zeros(tree: Any) -> Any:
     """Zeros like a tree, in float32 or wider."""
-    wide = lambda leaf: jnp.zeros_like(leaf, dtype=jnp.promote_types(leaf.dtype, jnp.float32))  # noqa: E731
+    wide = lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))  # noqa: E731
     return to_varying(jax.tree.map(wide, tree), AXES)
 
 
@@ -63,6 +63,29 @@ def after(made: Any) -> jax.Array:
         first = leaf[(0,) * leaf.ndim]
         known = known & ((first == first) | (first != first))
     return known
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether it is one, and not a `ShapeDtypeStruct` in the place of a weight that no function reads."""
+    return not isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def only_arrays(tree: Any) -> Any:
+    """The tree with nothing in the place of what is no array."""
+    return jax.tree.map(lambda leaf: leaf if is_array(leaf) else None, tree)
+
+
+def filled(tree: Any, like: Any, parts: int = 1) -> Any:
+    """A tree of `only_arrays` with zeros in the empty places, shaped as in `like`, of whose layers it is one of so many
+    parts."""
+
+    def fill(leaf: Any, shape: Any) -> Any:
+        if is_array(shape):
+            return leaf
+        whole = (shape.shape[0] // parts, *shape.shape[1:])
+        return to_varying(jnp.zeros(whole, shape.dtype), AXES)
+
+    return jax.tree.map(fill, tree, like, is_leaf=lambda leaf: leaf is None)
 
 
 def stacked(parts: Sequence[Any]) -> Any:

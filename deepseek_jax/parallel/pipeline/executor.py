@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from deepseek_jax.parallel.pipeline.arrays import filled, only_arrays
 from deepseek_jax.parallel.pipeline.protocol import LayerStats, LossScales, Recompute, StagedModel
 from deepseek_jax.parallel.pipeline.schedule import Schedule
 from deepseek_jax.parallel.pipeline.stage import STACKS, Occupied, Stage
@@ -64,6 +65,7 @@ def pipeline(
 
     Parameters and gradients of several stages: a rank's stacks hold its stages' slots one stage after the other, in the
     order of the schedule's slots; where two directions share the model, those of the stage of its first slot alone.
+    A weight whose values no function reads, because `state` has a copy for that, may be a `ShapeDtypeStruct`.
     """
     stage = Stage(model, recompute, unroll_layers)
     if schedule.ranks == 1 and schedule.stages.slots == 1:
@@ -97,6 +99,8 @@ def _on_one_rank(stage: Stage, schedule: Schedule) -> Pipeline:
     gradient_of = jax.value_and_grad(loss_of, has_aux=True)
 
     def value_and_grad(params, state, batch, scales):
+        params = filled(only_arrays(params), params)
+
         def add_microbatch(gradients, microbatch):
             (_, outputs), step_gradients = gradient_of(params, state, microbatch, scales)
             return jax.tree.map(lambda total, g: total + g.astype(total.dtype), gradients, step_gradients), outputs
@@ -110,6 +114,7 @@ def _on_one_rank(stage: Stage, schedule: Schedule) -> Pipeline:
         return _total(outputs), gradients
 
     def evaluate(params, state, batch, scales):
+        params = filled(only_arrays(params), params)
         return _total(lax.map(lambda microbatch: loss_of(params, state, microbatch, scales)[1], batch))
 
     return Pipeline(value_and_grad, evaluate)

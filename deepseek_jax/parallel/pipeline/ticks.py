@@ -79,7 +79,8 @@ class _Run:
         self.phases = Phases(self.stages, self._mine(steady.f_slot[0]) if steady and self.stages.slots == 2 else None)
         # Where no phase is known beforehand, one of several is read faster from a stack than chosen.
         readable = lambda copies: copies if self.pattern or len(copies) == 1 else arrays.stacked(copies)  # noqa: E731
-        self.weights = readable(self.phases.copies({kind: params[kind] for kind in STACKS if kind in params}))
+        self.stacks = {kind: params[kind] for kind in STACKS if kind in params}
+        self.weights = readable(self.phases.copies(arrays.only_arrays(self.stacks)))
         self.state = readable(self.phases.copies(state))
         self.ends = {name: tree for name, tree in params.items() if name not in STACKS}
         self.shared = {name: self.ends[name] for name in (self.model.shared_ends if "mtp" in params else ())}
@@ -343,9 +344,9 @@ class _Run:
         hidden = joined([zeros(self.shapes.out.hidden)] * self.stages.directions)
         batch = self._microbatches(jnp.full(self.stages.directions, -1))
         loss, sums = jax.eval_shape(lambda: self.model.finish(self.ends, hidden, batch, self.scales))
-        stacks = self.weights if isinstance(self.weights, dict) else arrays.stacked(self.weights)
+        of_phases = jax.eval_shape(lambda: arrays.stacked([self._stacks(0)] * self.stages.slots))
         return Totals(
-            stacks=wide_zeros(stacks) if self.trains else {},
+            stacks=wide_zeros(of_phases) if self.trains else {},
             shared=wide_zeros(self.shared) if self.trains else {},
             ends=wide_zeros(self.ends) if self.trains else {},
             loss=zeros(loss),
@@ -366,7 +367,11 @@ class _Run:
     # --- what this rank reads ---
 
     def _weights(self, phase: Phase) -> Tree:
-        return {**self.phases.pick(self.weights, phase), **self.shared}
+        return {**self._stacks(phase), **self.shared}
+
+    def _stacks(self, phase: Phase) -> Tree:
+        parts = self.stages.slots // self.stages.copies
+        return arrays.filled(self.phases.pick(self.weights, phase), self.stacks, parts)
 
     def _fixed(self, slot: jax.Array, microbatch: Any, phase: Phase) -> dict[str, Any]:
         """What a stage reads besides weights and its input."""
