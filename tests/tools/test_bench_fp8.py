@@ -5,7 +5,7 @@ import collections
 import pytest
 
 from deepseek_jax.precision.policy import BF16, V3_FP8
-from tools.bench.fp8 import INPUTS, by_meaning, kept
+from tools.bench.fp8_kept import INPUTS, by_meaning, kept
 from tools.bench.pipeline_memory import bytes_of
 
 

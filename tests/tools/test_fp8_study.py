@@ -25,7 +25,7 @@ def flags(tmp_path):
     """The command's flags, as `main` finds them."""
     tool.flags.FLAGS.mark_as_parsed()
     with flagsaver.flagsaver(
-        workdir=str(tmp_path / "study"), steps=STEPS, virtual_devices=1, runs=["baseline_1", "fp8"]
+        workdir=str(tmp_path / "study"), train_steps=STEPS, virtual_devices=1, runs=["baseline_1", "fp8"]
     ):
         yield
 
@@ -172,7 +172,9 @@ def test_the_command_trains_what_is_missing_goes_on_with_what_was_stopped_and_re
     ]
     printed = capsys.readouterr().out
     assert "| FP8, the rest float32 | " in printed
-    assert "--recipe tiny.pretrain --steps 20 --compute float32 --virtual_devices 1 --runs baseline_1,fp8" in printed
+    assert (
+        "--recipe tiny.pretrain --train_steps 20 --compute float32 --virtual_devices 1 --runs baseline_1,fp8" in printed
+    )
     assert (study / "fp8_study.md").read_text() in printed
     assert (study / "fp8_study.png").read_bytes().startswith(b"\x89PNG")
     assert (study / "fp8_study.svg").read_bytes().startswith(b"<?xml")

@@ -1,6 +1,6 @@
 """The controlled run: the same recipe trained in full precision and in FP8, and whether their losses agree.
 
-    python -m tools.bench.fp8_study --workdir runs/fp8_study [--recipe small.pretrain] [--steps N] [--runs a,b]
+    python -m tools.bench.fp8_study --workdir runs/fp8_study [--recipe small.pretrain] [--train_steps N] [--runs a,b]
 
 Every run is one of `experiments.run`, in a process and a folder of its own under the workdir; the same command goes on
 where it was stopped. All runs see the same tokens in the same order. Those in full precision differ in the seed of
@@ -65,7 +65,9 @@ DEFAULT_RUNS = ("baseline_1", "baseline_2", "baseline_3", "fp8", "per_tensor")
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the folder of the runs", required=True)
 _RECIPE = flags.DEFINE_string("recipe", "tiny.pretrain", "what is trained")
-_STEPS = flags.DEFINE_integer("steps", None, "optimizer steps of each run; default: the recipe's course", lower_bound=2)
+_STEPS = flags.DEFINE_integer(
+    "train_steps", None, "optimizer steps of each run; default: the recipe's course", lower_bound=2
+)
 _RUNS = flags.DEFINE_list("runs", list(DEFAULT_RUNS), f"which to train and report: {', '.join(CASES)}")
 _COMPUTE = flags.DEFINE_enum(
     "compute",
@@ -142,7 +144,7 @@ def check_folder(folder: Path, wanted: Experiment) -> bool:
         field, here, there = changes[0]
         raise ConfigError(
             f"{folder} holds another run: {field} is {there} there and {here} in this study; name another --workdir, "
-            "or give the --recipe, --steps, --compute and --virtual_devices that it was begun with"
+            "or give the --recipe, --train_steps, --compute and --virtual_devices that it was begun with"
         )
     return True
 
@@ -209,7 +211,7 @@ def report(names: Sequence[str], workdir: Path) -> str:
 
 
 def _heading(names: Sequence[str], runs: Sequence[Run]) -> list[str]:
-    steps = "" if _STEPS.value is None else f" --steps {_STEPS.value}"
+    steps = "" if _STEPS.value is None else f" --train_steps {_STEPS.value}"
     command = (
         f"python -m tools.bench.fp8_study --workdir DIR --recipe {_RECIPE.value}{steps} --compute {_COMPUTE.value} "
         f"--virtual_devices {_DEVICES.value} --runs {','.join(names)} --write"
