@@ -49,14 +49,16 @@ def main(argv):
     """Measures and prints the tables."""
     del argv
     prepare_environment(os.environ, virtual_devices=usable_cores())
+    parts = _PART.value or PARTS
+    chosen = "".join(f" --part={part}" for part in parts)
     lines = [
         "# FP8 training: what it costs on a CPU, and what it keeps",
         "",
-        f"`python -m tools.bench.fp8 --write` on {datetime.date.today()}, on {machine()}; "
+        f"`python -m tools.bench.fp8{chosen} --write` on {datetime.date.today()}, on {machine()}; "
         f"jax {importlib.metadata.version('jax')}.",
         "",
     ]
-    for part in _PART.value or PARTS:
+    for part in parts:
         lines += {"errors": report_errors, "step": report_step, "kept": report_kept}[part]()
     text = "\n".join(lines)
     print(text)
