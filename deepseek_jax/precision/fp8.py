@@ -57,19 +57,13 @@ class _Layer:
 
     def input(self, x: Array) -> Quantized:
         """x in the tiles of Fprop."""
-        tile = self._tile(self.config.activations, (1, 128))
-        tiles = quantize(x, tile, power_of_two=self._powers(self.travelled_x))
+        tiles = _rounded(x, self.config.activations, (1, 128), power_of_two=self._powers(self.travelled_x))
         probe.report("x for Fprop", self.matrix, x, tiles)
         return tiles
 
     def retiled_input(self, x: Quantized | Array) -> Quantized:
         """x in the tiles of Wgrad, from those of Fprop or from more precise values."""
-        tile = self._tile(self.config.activations, (128, 1))
-        powers = self._powers(self.travelled_x)
-        if isinstance(x, Quantized):
-            tiles = requantize(x, tile, power_of_two=powers)
-        else:
-            tiles = quantize(x, tile, power_of_two=powers)
+        tiles = _rounded(x, self.config.activations, (128, 1), power_of_two=self._powers(self.travelled_x))
         probe.report("x for Wgrad", self.matrix, x, tiles)
         return tiles
 
@@ -82,32 +76,33 @@ class _Layer:
 
     def _tiled_gradients(self, dy: Array) -> tuple[Quantized, Quantized]:
         dtype = jnp.float8_e4m3fn if self.config.gradient_format == "e4m3" else jnp.float8_e5m2
-        how: Any = {"power_of_two": self._powers(self.travelled_dy), "smallest_amax": GRADIENT_AMAX}
+        how: Any = {"power_of_two": self._powers(self.travelled_dy), "smallest_amax": GRADIENT_AMAX, "dtype": dtype}
         if self.config.gradients == "block":
-            blocks = quantize(dy, (128, 128), dtype=dtype, **how)
+            blocks = quantize(dy, (128, 128), **how)
             return blocks, blocks
-        rows = quantize(dy, self._tile(self.config.gradients, (1, 128)), dtype=dtype, **how)
-        columns = self._tile(self.config.gradients, (128, 1))
-        if self.travelled_dy:
-            return rows, requantize(rows, columns, **how)
-        return rows, quantize(dy, columns, dtype=dtype, **how)
+        rows = _rounded(dy, self.config.gradients, (1, 128), **how)
+        return rows, _rounded(rows if self.travelled_dy else dy, self.config.gradients, (128, 1), **how)
 
     def _powers(self, of_paper: bool) -> bool:
         return of_paper or self.config.power_of_two_scales
 
-    @staticmethod
-    def _tile(granularity: str, tile: tuple[int, int]) -> tuple[int, int] | None:
-        return None if granularity == "tensor" else tile
+
+def _rounded(x: Quantized | Array, granularity: str, tile: tuple[int, int], **how: Any) -> Quantized:
+    """x in tiles, or as the comparisons have it, with one scale or with none."""
+    if granularity == "cast":
+        return quantize(x.dequantize() if isinstance(x, Quantized) else x, None, scale=1.0, **how)
+    chosen = None if granularity == "tensor" else tile
+    return requantize(x, chosen, **how) if isinstance(x, Quantized) else quantize(x, chosen, **how)
 
 
 def weight_tile(config: Fp8Config) -> tuple[int, int] | None:
     """What shares a scale in a weight."""
-    return None if config.weights == "tensor" else (128, 128)
+    return (128, 128) if config.weights == "block" else None
 
 
 def quantize_weight(w: Array, config: Fp8Config) -> Quantized:
     """A weight `[..., K, N]` as the layers of this module read it, each matrix by itself."""
-    return quantize(w, weight_tile(config), power_of_two=config.power_of_two_scales)
+    return _rounded(w, config.weights, (128, 128), power_of_two=config.power_of_two_scales)
 
 
 # --- a linear layer ---------------------------------------------------------------------------------------------------

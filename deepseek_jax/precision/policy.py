@@ -25,11 +25,12 @@ class Fp8Config:
 
     layers: tuple[LinearKind, ...] = LINEAR_KINDS
     """Which linear layers run in FP8."""
-    weights: Literal["block", "tensor"] = "block"
-    """A scale for each 128×128 block of a weight, or one for each matrix."""
-    activations: Literal["tile", "tensor"] = "tile"
-    """A scale for each token and 128 channels (128 tokens and a channel where the product is over tokens), or one."""
-    gradients: Literal["tile", "block", "tensor"] = "tile"
+    weights: Literal["block", "tensor", "cast"] = "block"
+    """A scale for each 128×128 block of a weight, one for each matrix, or none: a plain cast."""
+    activations: Literal["tile", "tensor", "cast"] = "tile"
+    """A scale for each token and 128 channels (128 tokens and a channel where the product is over tokens), one, or
+    none."""
+    gradients: Literal["tile", "block", "tensor", "cast"] = "tile"
     """The same for gradients of a layer's output; `block` is 128×128, with which training diverged (appendix B.2)."""
     gradient_format: Literal["e4m3", "e5m2"] = "e4m3"
     """E5M2 has more range and less precision."""
@@ -45,9 +46,9 @@ class Fp8Config:
         require(
             len(set(self.layers)) == len(self.layers), f"precision.fp8.layers names one twice: {','.join(self.layers)}"
         )
-        _check_choice("precision.fp8.weights", self.weights, ("block", "tensor"))
-        _check_choice("precision.fp8.activations", self.activations, ("tile", "tensor"))
-        _check_choice("precision.fp8.gradients", self.gradients, ("tile", "block", "tensor"))
+        _check_choice("precision.fp8.weights", self.weights, ("block", "tensor", "cast"))
+        _check_choice("precision.fp8.activations", self.activations, ("tile", "tensor", "cast"))
+        _check_choice("precision.fp8.gradients", self.gradients, ("tile", "block", "tensor", "cast"))
         _check_choice("precision.fp8.gradient_format", self.gradient_format, ("e4m3", "e5m2"))
 
 

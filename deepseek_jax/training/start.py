@@ -6,8 +6,11 @@ import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 
 from deepseek_jax.config import ConfigError, ModelConfig, require
@@ -17,7 +20,7 @@ from deepseek_jax.parallel import hosts
 from deepseek_jax.parallel.pipeline.choice import SUFFIX
 from deepseek_jax.paths import local_path, user_path
 from deepseek_jax.training import canonical
-from deepseek_jax.training.canonical import MOVING_AVERAGE
+from deepseek_jax.training.canonical import MOVING_AVERAGE, OPTIMIZER
 from deepseek_jax.training.checkpoint import CheckpointError, CheckpointStore, check_compatible
 from deepseek_jax.training.experiment import Experiment
 from deepseek_jax.training.metrics import JSONL_NAME, read_metrics
@@ -170,9 +173,24 @@ def restore(
     rows.set_state(documents["data"])
     if "room" in meta:
         trainer.room.set_state(meta["room"])
-    entries = store.restore(step, canonical.templates(trainer), skip=(MOVING_AVERAGE,))
+    templates = canonical.templates(trainer)
+    _check_moments(store.entries(step), templates, source)
+    entries = store.restore(step, templates, skip=(MOVING_AVERAGE,))
     state = canonical.from_canonical(trainer, entries, meta["step"])
     return state, meta["step"], meta["tokens"], meta.get("seconds", 0.0)
+
+
+def _check_moments(saved: Mapping[str, Any], wanted: Mapping[str, Any], source: str) -> None:
+    """Raises `CheckpointError` where moments were kept in another dtype: the one precision that a checkpoint has."""
+    for name, template in wanted.items():
+        if not name.startswith(OPTIMIZER) or name not in saved:
+            continue
+        then, now = jnp.dtype(saved[name].dtype), jnp.dtype(template.dtype)
+        if then != now:
+            raise CheckpointError(
+                f"{source} has moments in {then} ({name}) and this run keeps them in {now}; go on with "
+                f"optimizer.moment_dtype={then} (precision may change: weights are saved in float32 under any)"
+            )
 
 
 def _saved_model(data: dict, model: type[ModelConfig], source: str) -> dict:

@@ -77,6 +77,7 @@ def quantize(
     dtype: DTypeLike = jnp.float8_e4m3fn,
     power_of_two: bool = False,
     smallest_amax: float = 1e-4,
+    scale: float | None = None,
     implementation: str | None = None,
 ) -> Quantized:
     """Rounds x to FP8 with a scale per tile, which brings the tile's largest magnitude to the format's largest number.
@@ -92,10 +93,13 @@ def quantize(
       power_of_two: Rounds scales up to powers of two, so that dividing by them and multiplying by them is exact.
       smallest_amax: A tile whose largest magnitude is below this gets the scale of one where it is this: 1e-4 as the
         public quantisers have it, `GRADIENT_AMAX` for gradients.
+      scale: For a comparison, with tile None: this scale for all, whatever the values are. Those beyond the format's
+        range are clipped, those below it become zero; 1 is a plain cast.
       implementation: "reference", or None for the best that is supported here.
 
     Raises:
-      ValueError: if x is no array of float matrices, or tile, dtype or implementation is unknown.
+      ValueError: if x is no array of float matrices, tile, dtype or implementation is unknown, or a scale is given
+        for tiles.
     """
     if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"quantize needs x [..., M, N] of a float dtype, not {x.shape} of {x.dtype}")
@@ -103,15 +107,25 @@ def quantize(
         raise ValueError(f"quantize: tile must be (1, 128), (128, 1), (128, 128) or None, not {tile}")
     if jnp.dtype(dtype) not in FORMATS:
         raise ValueError(f"quantize: dtype must be float8_e4m3fn or float8_e5m2, not {jnp.dtype(dtype)}")
+    if scale is not None and (tile is not None or not 0 < scale < float("inf")):
+        raise ValueError(f"quantize: a given scale is positive, and for tile None: scale={scale}, tile={tile}")
     choose("quantize", implementation, {"reference": None})
-    codes, scales = reference.quantize(x, tile, jnp.dtype(dtype), power_of_two, float(smallest_amax))
+    codes, scales = reference.quantize(x, tile, jnp.dtype(dtype), power_of_two, float(smallest_amax), scale)
     return Quantized(codes, scales, tile)
 
 
-def requantize(q: Quantized, tile: Tile, *, power_of_two: bool = False, smallest_amax: float = 1e-4) -> Quantized:
-    """The values of q in other tiles and the same format: dequantised to float32 and quantised again.
+def requantize(
+    q: Quantized,
+    tile: Tile,
+    *,
+    dtype: DTypeLike | None = None,
+    power_of_two: bool = False,
+    smallest_amax: float = 1e-4,
+) -> Quantized:
+    """The values of q in other tiles and, unless `dtype` is given, the same format: dequantised and quantised again.
 
     For a weight's gradient: what was kept from the forward pass in 1×128 tiles is needed in 128×1. With powers of two
     as scales on both sides no code loses a bit, unless it falls below the normal range of its new tile.
     """
-    return quantize(q.dequantize(), tile, dtype=q.codes.dtype, power_of_two=power_of_two, smallest_amax=smallest_amax)
+    dtype = q.codes.dtype if dtype is None else dtype
+    return quantize(q.dequantize(), tile, dtype=dtype, power_of_two=power_of_two, smallest_amax=smallest_amax)

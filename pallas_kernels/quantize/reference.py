@@ -60,11 +60,15 @@ def spread(scales: Array, tile: Tile, shape: tuple[int, ...]) -> Array:
     return scales
 
 
-@functools.partial(jax.jit, static_argnames=("tile", "dtype", "power_of_two", "smallest_amax"))
-def quantize(x: Array, tile: Tile, dtype: jnp.dtype, power_of_two: bool, smallest_amax: float) -> tuple[Array, Array]:
-    """Codes `[..., M, N]` of `dtype` and their scales: `code = round(clip(x / scale))`."""
+@functools.partial(jax.jit, static_argnames=("tile", "dtype", "power_of_two", "smallest_amax", "scale"))
+def quantize(
+    x: Array, tile: Tile, dtype: jnp.dtype, power_of_two: bool, smallest_amax: float, scale: float | None
+) -> tuple[Array, Array]:
+    """Codes `[..., M, N]` of `dtype` and their scales, or the given one: `code = round(clip(x / scale))`."""
     largest = float(jnp.finfo(dtype).max)
     scales = scales_of(x, tile, largest, power_of_two, smallest_amax)
+    if scale is not None:
+        scales = jnp.where(jnp.isnan(scales), scales, jnp.float32(scale))
     # Clipped, because a cast out of range is NaN, and x / scale may be rounded up beyond it.
     return clip(x.astype(jnp.float32) / spread(scales, tile, x.shape), largest).astype(dtype), scales
 

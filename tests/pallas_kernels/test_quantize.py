@@ -92,6 +92,19 @@ def test_nothing_overflows():
             assert np.abs(codes).max() == ml_dtypes.finfo(dtype).max
 
 
+def test_a_given_scale_follows_nothing():
+    """A plain cast, which comparisons have: clipped above, zero below half the least number, NaN where it was."""
+    x = jnp.asarray([[1000.0, -3.3, 2.0**-10, 2.0**-11, 0.0]])
+    q = quantize(x, None, scale=1.0)
+    np.testing.assert_array_equal(q.scales, [[1.0]])
+    np.testing.assert_array_equal(q.dequantize(), [[448.0, -3.25, 0.0, 0.0, 0.0]])
+    np.testing.assert_array_equal(quantize(x, None, scale=0.5).dequantize(), [[224.0, -3.25, 2.0**-10, 0.0, 0.0]])
+    assert np.isnan(np.asarray(quantize(jnp.asarray([[1.0, np.inf]]), None, scale=1.0).dequantize())).all()
+    for tile, scale in (((1, 128), 1.0), (None, 0.0), (None, float("nan")), (None, float("inf"))):
+        with pytest.raises(ValueError, match="a given scale is positive, and for tile None"):
+            quantize(x, tile, scale=scale)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("tile", TILES)

@@ -6,8 +6,9 @@ import pytest
 from small_model import small
 
 from deepseek_jax import ops, zoo
-from deepseek_jax.planning.memory import StepMemory, layer_activations, step_memory
+from deepseek_jax.planning.memory import StepMemory, layer_activations, layer_bytes, step_memory
 from deepseek_jax.planning.parameters import total_parameters
+from deepseek_jax.precision.policy import Fp8Config
 
 
 def test_weights_gradients_and_moments():
@@ -77,3 +78,39 @@ def test_recomputation_keeps_one_layer_and_the_inputs():
     layer = layer_activations(config, dense=False)
     assert kept == 4096 * 4 * (config.num_layers * 256 + layer + 2 * 256)
     assert kept < whole / 3
+
+
+def test_fp8_copies_weights_in_bytes_and_gives_them_float32_gradients():
+    config = small(num_layers=1, num_dense_layers=1, mtp_depth=0)  # D 24, H 2, q 12, latent 16, qk 8 + 4, v 8, F 40
+    matrices = {
+        "q_a": (24, 12),
+        "q_b": (12, 2 * 12),
+        "kv_a": (24, 16 + 4),
+        "kv_b": (16, 2 * (8 + 8)),
+        "o": (2 * 8, 24),
+        "gate_up": (24, 2 * 40),
+        "down": (40, 24),
+    }
+    count, quantised = total_parameters(config), sum(rows * columns for rows, columns in matrices.values())
+    memory = step_memory(config, 0, compute_bytes=2, fp8=Fp8Config())
+    scales = 4 * len(matrices)  # none is larger than a block
+    assert memory.parameters == 4 * count + 2 * (count - quantised) + quantised + scales
+    assert memory.gradients == 4 * count + 2 * (count - quantised) + 4 * quantised
+    some = step_memory(config, 0, compute_bytes=2, fp8=Fp8Config(layers=("dense_ffn",)))
+    assert some.gradients == 4 * count + 2 * count + 2 * (24 * 80 + 40 * 24)
+
+
+@pytest.mark.parametrize("selective", [True, False])
+def test_fp8_halves_what_linear_layers_and_swiglu_keep(selective):
+    """Section 3.3.3: codes with a scale for 128, attention's output in twelve bits, SwiGLU's output made again."""
+    config = zoo.deepseek_v3()  # D 7168, q 1536, latent 512 + 64, H 128 of v 128, qk 192, 1 + 8 experts of F 2048
+    tiles, packed = 1 + 4 / 128, 1.5 + 4 / 128
+    found = layer_bytes(config, dense=False, selective=selective, compute_bytes=2, fp8=True)
+    attention, gate_up = packed * 128 * 128, tiles * 9 * 2 * 2048
+    if selective:
+        assert found == 2 * (2 * 7168 + 1536 + 512 + 64 + 128 + 256) + attention + gate_up
+        return
+    core = 2 * (2 * 128 * 192 + 128 * 128 + 128)
+    plain = 2 * (2 * 7168 + 1536 + 512 + 256) + core
+    inputs = tiles * (7168 + 1536 + 512 + 7168 + 8 * 7168)  # norms' outputs, and eight visits of a token to experts
+    assert found == plain + 2 * 7168 + inputs + attention + gate_up

@@ -51,7 +51,7 @@ def test_runs_differ_in_initial_weights_and_precision_alone():
     """Equal tokens and data: what decides them, `seed`, data and schedule, is the same everywhere."""
     first = config("baseline_1")
     assert {path for path, _, _ in diff(first, config("baseline_2"))} == {"weights_seed"}
-    for name in ("fp8", "per_tensor", "no_promotion", "coarse"):
+    for name in ("fp8", "per_tensor", "cast", "no_promotion", "coarse"):
         assert all(path.startswith("precision.") for path, _, _ in diff(first, config(name))), name
     assert config("fp8").precision.fp8 == tool.Fp8Config()
     assert {config(name).precision.compute for name in tool.CASES} == {"float32"}

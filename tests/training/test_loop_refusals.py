@@ -86,7 +86,7 @@ def test_a_start_is_refused_before_any_array_is_made_and_leaves_no_folder(base, 
 def test_a_resume_that_is_refused_leaves_the_run_as_it_was(base, stopped, monkeypatch):
     before, kept = files_of(stopped), checkpoints(stopped)
     moments = dataclasses.replace(base, optimizer=dataclasses.replace(base.optimizer, moment_dtype="float32"))
-    with pytest.raises(CheckpointError, match=r"optimizer.0.mu/\S+ \(bfloat16.* saved, float32.* wanted\)"):
+    with pytest.raises(CheckpointError, match=r"moments in bfloat16 .* go on with optimizer.moment_dtype=bfloat16"):
         train(moments, stopped, resume=True)
 
     def too_late(self, *arguments, **settings):

@@ -39,6 +39,7 @@ from tools.bench.fp8_study_report import Run, draw, read_run, table
 Compute = Literal["float32", "bfloat16"]
 RESULT = Path(__file__).parent / "results" / "fp8_study.md"
 COARSE = Fp8Config(weights="tensor", activations="tensor", gradients="tensor", gradient_format="e5m2")
+CAST = Fp8Config(weights="cast", activations="cast", gradients="cast")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,7 @@ CASES = {
     "baseline_3": Case("{compute}, third seed", "baseline", weights_seed=2),
     "fp8": Case("FP8, the rest {compute}", "fp8", Fp8Config()),
     "per_tensor": Case("a scale per tensor, gradients in E5M2", "control", COARSE),
+    "cast": Case("no scales, a plain cast to E4M3", "control", CAST),
     "no_promotion": Case("sums in 14 bits", "control", Fp8Config(promote=False)),
     "coarse": Case("both of these", "control", dataclasses.replace(COARSE, promote=False)),
 }

@@ -21,6 +21,7 @@ from absl import app, flags
 
 from deepseek_jax import zoo
 from deepseek_jax.planning.memory import step_memory
+from deepseek_jax.precision.policy import Fp8Config
 from tools.bench.common import LENGTH, ROWS, machine, make_trainer
 
 RESULT = Path(__file__).parent / "results" / "memory.md"
@@ -28,7 +29,7 @@ CASES: dict[str, dict] = {
     f"{name}, recompute {mode}": {**rows, "recompute": mode}
     for name, rows in (("one microbatch", {}), ("8 microbatches", {"microbatch_rows": 1}))
     for mode in ("none", "selective", "full")
-}
+} | {"one microbatch, recompute selective, FP8": {"recompute": "selective", "fp8": Fp8Config()}}
 
 _CASE = flags.DEFINE_enum("case", None, list(CASES), "measure one case in this process and print it as JSON")
 _WRITE = flags.DEFINE_bool("write", False, f"write the table to {RESULT.name} in tools/bench/results")
@@ -75,7 +76,8 @@ def measure(**step_options) -> dict:
         jax.block_until_ready((state, metrics))
     rows = step_options.get("microbatch_rows", ROWS)
     microbatches = ROWS // rows
-    memory = step_memory(config, rows * LENGTH, microbatches=microbatches, recompute=step_options["recompute"])
+    how = {name: step_options.get(name) for name in ("recompute", "fp8")}
+    memory = step_memory(config, rows * LENGTH, microbatches=microbatches, **how)
     return {
         "parameters": memory.parameters,
         "gradients": memory.gradients,
@@ -125,7 +127,7 @@ def report(results: dict[str, dict]) -> str:
         "# Peak memory of a train step",
         "",
         f"`python -m tools.bench.memory --write` on {datetime.date.today()}: `zoo.bench()`, {ROWS} × {LENGTH} tokens, "
-        f"float32 throughout, on {machine()}; jax {jax.__version__}. MiB.",
+        f"float32 but where it says FP8, on {machine()}; jax {jax.__version__}. MiB.",
         "",
         "| | parameters | gradients | moments | head gradients | activations | analytic sum | compiler's plan | ratio "
         "| process |",
