@@ -19,6 +19,7 @@ from deepseek_jax.model.parameters import stack
 from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.dispatch import ExpertMesh, dispatchers
 from deepseek_jax.parallel.mesh import AXES, BATCH_AXES, mesh_of
+from deepseek_jax.parallel.pipeline.evaluate import rows_of
 from deepseek_jax.parallel.pipeline.split_vjp import split_vjp
 
 LAYERS, ROWS, LENGTH = 3, 2, 22
@@ -73,6 +74,28 @@ def at_once(function, params, x, fixed, cotangents):
     outputs, aux, residuals = split.forward(params, x, fixed)
     dx, dparams = split.gradients(params, fixed, residuals, cotangents)
     return outputs, dparams, dx, aux
+
+
+UNTOUCHED = 1
+
+
+def in_rows(function, params, x, fixed, cotangents):
+    """The same in parts, with weights, what is kept and sums of gradients in rows of stacks: `(outputs, gradients of
+    params, dx, aux)` and what is left in the other rows."""
+    split = split_vjp(function, params, x, fixed)
+    empty = lambda rows, tree: jax.tree.map(lambda leaf: jnp.full((rows, *leaf.shape), UNTOUCHED, leaf.dtype), tree)  # noqa: E731
+    number, last = jnp.int32(0), jnp.int32(1)
+    weights = rows_of(jax.tree.map(lambda leaf: jnp.stack([leaf + 1, leaf]), params), last)
+    residuals = jax.eval_shape(split.forward, params, x, fixed)[2]
+    stash = jax.eval_shape(split.input_gradient, params, fixed, residuals, cotangents)[1]
+    outputs, aux, ring = split.forward(weights, x, fixed, into=rows_of(empty(2, residuals), last))
+    kept = rows_of(ring, last)
+    dx, stashes = split.input_gradient(weights, fixed, kept, cotangents, into=rows_of(empty(2, stash), number))
+    sums = jax.tree.map(lambda leaf: leaf.at[last].set(0), empty(2, params))
+    sums = split.weight_gradient(weights, fixed, kept, rows_of(stashes, number), into=rows_of(sums, last, adds=True))
+    gradients = jax.tree.map(lambda leaf: leaf[1], sums)
+    others = [leaf[0] for leaf in (*ring, *jax.tree.leaves(sums))] + [leaf[1] for leaf in stashes]
+    return (outputs, gradients, dx, aux), others
 
 
 def whole(function, params, x, fixed, cotangents):

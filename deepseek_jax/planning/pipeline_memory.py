@@ -41,8 +41,8 @@ class PipelineMemory:
     gradients: int
     """Sums over microbatches."""
     transients: int
-    """Of one stage at work: the residual that its B reads, its gradients of one microbatch, a layer forward and one
-    backward."""
+    """Of one stage at work: a layer forward and one backward, which read and write rings and sums where they lie. Where
+    steady ticks have a body of their own, an F runs beside a B, and what it leaves waits for the row that B reads."""
 
     @property
     def total(self) -> int:
@@ -50,8 +50,14 @@ class PipelineMemory:
         return self.rings + self.copies + self.gradients + self.transients
 
 
-def pipeline_memory(tables: TickTables, stage: StageBytes) -> PipelineMemory:
-    """What a step by these tables holds at most on the rank that holds most."""
+def pipeline_memory(tables: TickTables, stage: StageBytes, *, steady: bool = False) -> PipelineMemory:
+    """What a step by these tables holds at most on the rank that holds most.
+
+    Args:
+      tables: the schedule's.
+      stage: sizes of its largest stage.
+      steady: whether its steady ticks, where it has any, have a body of their own (`parallel.overlap` is not off).
+    """
     rows = tables.rings
     sides = sum(tables.directions_of_x), sum(tables.directions_of_dx)
     waiting = (rows.activation + 1 + sides[0]) * stage.x + (rows.gradient + 1 + sides[1]) * stage.x
@@ -62,5 +68,5 @@ def pipeline_memory(tables: TickTables, stage: StageBytes) -> PipelineMemory:
         rings=waiting,
         copies=slots * stage.weights + stage.ends,
         gradients=slots * stage.gradients + stage.ends_gradients,
-        transients=stage.residual + stage.weights + 2 * stage.layer,
+        transients=2 * stage.layer + (stage.residual if steady and tables.steady else 0),
     )

@@ -15,10 +15,12 @@ from split_cases import (
     LAYERS,
     LAYOUTS,
     QUICK,
+    UNTOUCHED,
     at_once,
     equal,
     exchanges,
     in_parts,
+    in_rows,
     layer_arguments,
     layers,
     on_mesh,
@@ -28,8 +30,9 @@ from split_cases import (
     whole,
 )
 
+from deepseek_jax.parallel.pipeline.evaluate import evaluate
 from deepseek_jax.parallel.pipeline.parts import pruned
-from deepseek_jax.parallel.pipeline.program import evaluate, flatten
+from deepseek_jax.parallel.pipeline.program import flatten
 from deepseek_jax.parallel.pipeline.split_vjp import split_vjp
 
 SLOW = pytest.mark.slow
@@ -39,16 +42,34 @@ def check(function, params, x, fixed, cotangents):
     """The split of a function gives what `jax.vjp` gives, and multiplies as much."""
     split = split_vjp(function, params, x, fixed)
     arguments = params, x, fixed, cotangents
-    ways = lambda *arguments: [way(function, *arguments) for way in (whole, in_parts, at_once)]  # noqa: E731
-    expected, (*parts, (residuals, stash)), together = jax.jit(ways, compiler_options=QUICK)(*arguments)
+    ways = lambda *arguments: [way(function, *arguments) for way in (whole, in_parts, at_once, in_rows)]  # noqa: E731
+    found = jax.jit(ways, compiler_options=QUICK)(*arguments)
+    expected, (*parts, (residuals, stash)), together, (rows, others) = found
     equal(tuple(parts), expected)
     equal(together, expected)
+    equal(rows, expected)
+    for leaf in others:
+        np.testing.assert_array_equal(leaf, UNTOUCHED)
     first = products(split.input_gradient, params, fixed, residuals, cotangents)
     second = products(split.weight_gradient, params, fixed, residuals, stash)
     all_of_it = products(functools.partial(whole, function), *arguments)
     assert first + second == all_of_it - products(split.forward, params, x, fixed)
     assert products(split.gradients, params, fixed, residuals, cotangents) == first + second
     return first, second, residuals, stash
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_rows_are_read_and_written_layer_by_layer(remat):
+    """A row of a ring is as large as all that a stage keeps: outside of the scan over layers nobody copies one."""
+    function, (params, x, fixed, cotangents) = functools.partial(layers, remat=remat), layer_arguments()
+    jaxpr = jax.make_jaxpr(functools.partial(in_rows, function))(params, x, fixed, cotangents).jaxpr
+    scans = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
+    assert len(scans) == 3  # F, B and W
+    moved = ("dynamic_slice", "dynamic_update_slice", "scatter-add", "gather")
+    inside = [eqn.primitive.name for scan in scans for eqn in scan.params["jaxpr"].jaxpr.eqns]
+    assert {name for name in moved[:3] if name in inside} == set(moved[:3])
+    outside = [eqn for eqn in jaxpr.eqns if eqn.primitive.name in moved and eqn.invars[0].aval.ndim > 2]
+    assert not outside
 
 
 @pytest.mark.parametrize("remat", [False, True])

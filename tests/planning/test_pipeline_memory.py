@@ -35,6 +35,16 @@ def test_rings_are_the_schedules_rows_and_a_scratch_row():
 def test_two_directions_hold_two_stages_and_one_set_of_ends():
     one = memory("one_f_one_b", 8, weights=10, gradients=20, ends=1, ends_gradients=2, layer=7)
     two = memory("dualpipe", 8, weights=10, gradients=20, ends=1, ends_gradients=2, layer=7)
-    assert (one.copies, one.gradients, one.transients) == (11, 22, 10 + 14)
+    assert (one.copies, one.gradients, one.transients) == (11, 22, 14)
     assert (two.copies, two.gradients) == (21, 42)
     assert two.total == two.rings + 21 + 42 + two.transients
+
+
+def test_beside_a_backward_a_forwards_residuals_wait_for_their_row():
+    tables = make_tables(make_schedule("dualpipe", 4, 8))
+    stage = dataclasses.replace(NOTHING, residual=100, layer=7)
+    apart, steady = (pipeline_memory(tables, stage, steady=steady) for steady in (False, True))
+    assert (apart.transients, steady.transients) == (14, 114)
+    none = make_tables(make_schedule("zb_h1", 4, 8))
+    assert none.steady is None
+    assert pipeline_memory(none, stage, steady=True).transients == 14

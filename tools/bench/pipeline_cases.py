@@ -30,8 +30,10 @@ def model_of(stages: int, *, hidden: int = 256) -> ModelConfig:
     )
 
 
-def make_trainer(config: ModelConfig, *, pipe: int, schedule: str = "dualpipe", devices=None, **options):
-    """A trainer of plain gradient descent on the first `pipe` devices, so that a step is little but gradients."""
+def make_trainer(
+    config: ModelConfig, *, pipe: int = 1, data: int = 1, schedule: str = "dualpipe", devices=None, **options
+):
+    """A trainer of plain gradient descent on the first devices, so that a step is little but gradients."""
     import jax
     import optax
 
@@ -41,8 +43,8 @@ def make_trainer(config: ModelConfig, *, pipe: int, schedule: str = "dualpipe", 
     from deepseek_jax.training.step import Trainer
     from deepseek_jax.training.step_config import StepConfig
 
-    parallel = ParallelConfig(pipe=pipe, schedule=schedule)
-    mesh = make_mesh(parallel, jax.devices()[:pipe] if devices is None else devices)
+    parallel = ParallelConfig(pipe=pipe, data=data, schedule=schedule)
+    mesh = make_mesh(parallel, jax.devices()[: pipe * data] if devices is None else devices)
     placement = place(config, stage_map=parallel.schedule_choice.stage_map)
     options = StepConfig(schedule=schedule, microbatch_rows=1, force_balance=True, **options)
     return Trainer(Transformer(config), placement, mesh, lambda specs: optax.identity(), options)

@@ -31,7 +31,8 @@ def measure_memory(ranks: str, microbatches: str, schedule: str, overlap: str) -
     )
     plan = lowered(trainer, int(microbatches), 1024).compile().memory_analysis()
     tables = make_tables(trainer.schedule.make(int(microbatches)))
-    expected = pipeline_memory(tables, stage_bytes(trainer, (int(microbatches), 1025)))
+    stage = stage_bytes(trainer, (int(microbatches), 1025))
+    expected = pipeline_memory(tables, stage, steady=overlap != "off")
     return {"temporaries": plan.temp_size_in_bytes, **dataclasses.asdict(expected), "total": expected.total}
 
 

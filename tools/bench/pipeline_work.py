@@ -46,7 +46,9 @@ def measure_work(
         stages = GENERATORS[schedule](ranks, rows).stages.stages
         base = f"sequential, {stages} stages" if stages == 16 else "sequential"
         make = functools.partial(make_trainer, model_of(stages), recompute=recompute)
-        cases.setdefault(base, (base, functools.partial(make, pipe=1)))
+        cases.setdefault(base, (base, make))
+        # What it costs so many devices alone to take turns on a core, and to have each other's numbers in its caches.
+        cases.setdefault(f"{base} on {ranks} data ranks", (base, functools.partial(make, data=ranks)))
         for overlap in overlaps:
             pipelined = functools.partial(make, pipe=ranks, schedule=schedule, overlap=overlap)
             cases[f"{schedule}, {overlap}"] = base, pipelined

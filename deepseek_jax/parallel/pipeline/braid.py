@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,13 +19,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.compat import to_varying
-from deepseek_jax.parallel.pipeline.program import Op, Program, Scan, Variable, evaluate, flatten
+from deepseek_jax.parallel.pipeline.evaluate import Row, as_array, evaluate
+from deepseek_jax.parallel.pipeline.program import Op, Program, Scan, Variable, flatten
 
 
 def braid(first: Callable, second: Callable) -> Callable[[Sequence[Any], Sequence[Any]], tuple[Any, Any]]:
     """`(arguments of first, arguments of second) -> (result of first, result of second)`, as one interleaved program.
 
-    For example `braid(split.forward, split.gradients)`; arguments and results are pytrees of arrays.
+    For example `braid(split.forward, split.gradients)`; arguments and results are pytrees of arrays, or arguments of
+    rows in their place.
     """
 
     def run(first_arguments: Sequence[Any], second_arguments: Sequence[Any]) -> tuple[Any, Any]:
@@ -43,7 +45,7 @@ def braid(first: Callable, second: Callable) -> Callable[[Sequence[Any], Sequenc
 
 
 def _trace(function: Callable, arguments: Sequence[Any]) -> tuple[Program, Any]:
-    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*jax.tree.map(as_array, arguments))
     return flatten(closed), jax.tree.structure(shapes)
 
 
@@ -170,7 +172,8 @@ def interleave(first: Sequence[Op], second: Sequence[Op]) -> list[Op]:
 def _one_scan(first: Op, second: Op) -> Op:
     """Two scans of equal length as one, in the direction of the first.
 
-    If the second goes the other way, it reads and writes its stacks by number: turned round they would be copied.
+    If the second goes the other way, it reads and writes its stacks by number: turned round they would be copied. Rows
+    of stacks are read so too.
     """
     one, other = first.scan, second.scan
     assert one is not None
@@ -181,7 +184,7 @@ def _one_scan(first: Op, second: Op) -> Op:
     constants = one.body.constants | other.body.constants
 
     def run(values: Sequence[Any]) -> Sequence[Any]:
-        held, carry, xs = _divided(one, values[: len(first.inputs)])
+        held, carry, one_xs = _divided(one, values[: len(first.inputs)])
         other_held, other_carry, other_xs = _divided(other, values[len(first.inputs) :])
         stacks = [_zeros(output) for output in second.outputs[other.carries :]] if against else []
 
@@ -189,8 +192,10 @@ def _one_scan(first: Op, second: Op) -> Op:
             number, xs, turned = inputs
             carry, other_carry, stacks = carried
             place = length - 1 - number
+            xs = _parts(one_xs, iter(xs), number)
             if against:
-                turned = [lax.dynamic_index_in_dim(x, place, keepdims=False) for x in other_xs]
+                turned = [lax.dynamic_index_in_dim(x, place, keepdims=False) for x in _arrays(other_xs)]
+            turned = _parts(other_xs, iter(turned), place if against else number)
             env = dict(constants)
             env.update(zip(one.body.inputs, (*held, *carry, *xs), strict=True))
             env.update(zip(other.body.inputs, (*other_held, *other_carry, *turned), strict=True))
@@ -204,18 +209,29 @@ def _one_scan(first: Op, second: Op) -> Op:
                 other_ys = []
             return (carry, other_carry, stacks), (ys, other_ys)
 
-        begin, inputs = (carry, other_carry, stacks), (jnp.arange(length), xs, [] if against else other_xs)
+        read = [] if against else _arrays(other_xs)
+        begin, inputs = (carry, other_carry, stacks), (jnp.arange(length, dtype=jnp.int32), _arrays(one_xs), read)
         ends, (ys, other_ys) = lax.scan(turn, begin, inputs, length=length, reverse=reverse, unroll=unroll)
         carry, other_carry, stacks = ends
         return (*carry, *ys, *other_carry, *stacks, *other_ys)
 
-    return Op("scan", (*first.inputs, *second.inputs), (*first.outputs, *second.outputs), run)
+    return Op("scan", (*first.inputs, *second.inputs), (*first.outputs, *second.outputs), run, reads_rows=True)
 
 
 def _divided(scan: Scan, values: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-    """A scan's inputs as constants, carry, and what turns read."""
-    consts, carries = scan.consts, scan.carries
-    return list(values[:consts]), list(values[consts : consts + carries]), list(values[consts + carries :])
+    """A scan's inputs as constants, carry, and what turns read, which may be rows."""
+    begin = scan.consts + scan.carries
+    whole = [as_array(value) for value in values[:begin]]
+    return whole[: scan.consts], whole[scan.consts :], list(values[begin:])
+
+
+def _arrays(xs: Sequence[Any]) -> list[Any]:
+    return [x for x in xs if not isinstance(x, Row)]
+
+
+def _parts(xs: Sequence[Any], parts: Iterator[Any], turn: jax.Array) -> list[Any]:
+    """What a turn reads of stacks, whose parts are given, and of rows."""
+    return [x.part(turn) if isinstance(x, Row) else next(parts) for x in xs]
 
 
 def _zeros(like: Variable) -> jax.Array:

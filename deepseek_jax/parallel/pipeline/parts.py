@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.compat import to_varying
-from deepseek_jax.parallel.pipeline.program import Op, Program, Scan, Value, Variable, evaluate
+from deepseek_jax.parallel.pipeline.evaluate import Turns, evaluate
+from deepseek_jax.parallel.pipeline.program import Op, Program, Scan, Value, Variable
 
 
 def needs(ops: Sequence[Op], wanted: Iterable[Value]) -> set[Variable]:
@@ -102,33 +103,32 @@ def part_of_scan(
     settings = op.scan.settings
     results = [*wanted_of(body, wanted), *given]
     ops, needed = pruned(ops, results), needs(ops, results)
-    turns = range(consts + carries, len(body.inputs))
+    places = range(consts + carries, len(body.inputs))
     fixed = [i for i in range(consts) if body.inputs[i] in needed]
     looped = [consts + i for i in range(carries) if carried[i]]
-    mapped = [i for i in turns if body.inputs[i] in needed]
+    mapped = [i for i in places if body.inputs[i] in needed]
     ys = [i for i in range(carries, len(body.outputs)) if wanted[i]]
     outs = [i for i in range(carries) if carried[i]]
 
-    def run(values: Sequence[Any]) -> Sequence[Any]:
-        held, rest = values[: len(fixed)], values[len(fixed) :]
-        begin, rest = rest[: len(looped)], rest[len(looped) :]
+    of = body.inputs
+    held, carried_on, parts = [of[i] for i in fixed], [of[i] for i in looped], [*(of[i] for i in mapped), *taken]
+    ends, gives = [body.outputs[i] for i in outs], [*(body.outputs[i] for i in ys), *given]
+    turns = Turns(body.constants, ops, held, carried_on, parts, ends, gives, settings)
 
-        def turn(carry, xs):
-            env = dict(body.constants)
-            env.update(zip((body.inputs[i] for i in fixed), held, strict=True))
-            env.update(zip((body.inputs[i] for i in looped), carry, strict=True))
-            env.update(zip([*(body.inputs[i] for i in mapped), *taken], xs, strict=True))
-            results = evaluate(ops, env, [body.outputs[i] for i in (*outs, *ys)])
-            return tuple(results[: len(outs)]), (*results[len(outs) :], *(env[value] for value in given))
+    def run_at_once(values: Sequence[Any]) -> Sequence[Any]:
+        held, stacks = values[: len(fixed)], values[len(fixed) :]
 
-        if at_once:
-            return jax.vmap(lambda xs: turn((), xs)[1], axis_size=settings["length"])(tuple(rest))
-        ends, stacks = lax.scan(turn, tuple(begin), tuple(rest), **settings)
-        return (*ends, *stacks)
+        def turn(xs):
+            env = dict(body.constants) | dict(zip(turns.held, held, strict=True))
+            return evaluate(ops, env | dict(zip(turns.mapped, xs, strict=True)), turns.gives)
+
+        return jax.vmap(turn, axis_size=settings["length"])(tuple(stacks))
 
     inputs = (*(op.inputs[i] for i in (*fixed, *looped, *mapped)), *taken.values())
     outputs = (*(op.outputs[i] for i in (*outs, *ys)), *given.values())
-    return Op("scan", inputs, outputs, run, scope=op.scope)
+    if at_once:
+        return Op("scan", inputs, outputs, run_at_once, scope=op.scope)
+    return Op("scan", inputs, outputs, turns.run, scope=op.scope, turns=turns)
 
 
 def part_of_cond(

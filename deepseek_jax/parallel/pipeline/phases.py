@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deepseek_jax.parallel.pipeline.arrays import choose, joined, take, where
+from deepseek_jax.parallel.pipeline.arrays import choose, joined, where
+from deepseek_jax.parallel.pipeline.evaluate import rows_of
 from deepseek_jax.parallel.pipeline.schedule import StageMap
 from deepseek_jax.tree import Tree
 
@@ -63,9 +64,9 @@ class Phases:
         )
 
     def pick(self, by_phase: Sequence[Any] | Tree, phase: Phase) -> Any:
-        """One phase's, of a sequence or of stacked arrays `[phases, ...]`."""
+        """One phase's, of a sequence or, as rows, of stacked arrays `[phases, ...]`."""
         if not isinstance(by_phase, Sequence):
-            return take(by_phase, jnp.asarray(phase))
+            return rows_of(by_phase, phase)
         return by_phase[phase] if isinstance(phase, int) else choose(phase, by_phase)
 
     def _by_phase(self, by_slot: tuple) -> tuple:

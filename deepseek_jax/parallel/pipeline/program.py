@@ -6,15 +6,13 @@ programs that a scan repeats or that a conditional chooses from (`parts.py` take
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 from jax.extend import core
 
 from deepseek_jax.compat import scan_sizes
@@ -75,6 +73,10 @@ class Op:
     eqn: Any = None
     scope: str = ""
     """The named scopes that it was written in, for whoever reads the compiled program."""
+    turns: Any = None
+    """Of a part of a scan, what it repeats: `evaluate.Turns`."""
+    reads_rows: bool = False
+    """Whether `run` takes an `evaluate.Row` in the place of any input."""
 
     @functools.cached_property
     def scan(self) -> Scan | None:
@@ -218,15 +220,3 @@ def is_nothing(program: Program, value: Value) -> bool:
             return op.name in ("empty", "empty2")
         value = op.inputs[0]
     return False
-
-
-def evaluate(ops: Iterable[Op], env: dict[Variable, Any], wanted: Sequence[Value]) -> list[Any]:
-    """Runs equations on the values in `env`, and returns those wanted."""
-
-    def read(value: Value) -> Any:
-        return value.val if isinstance(value, core.Literal) else env[value]
-
-    for op in ops:
-        with jax.named_scope(op.scope) if op.scope else contextlib.nullcontext():
-            env.update(zip(op.outputs, op.run([read(value) for value in op.inputs]), strict=True))
-    return [read(value) for value in wanted]

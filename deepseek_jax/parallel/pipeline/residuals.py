@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from deepseek_jax.parallel.pipeline.evaluate import evaluate
 from deepseek_jax.parallel.pipeline.parts import needs, part_of_scan, pruned
-from deepseek_jax.parallel.pipeline.program import Op, Program, Value, Variable, evaluate, is_nothing
+from deepseek_jax.parallel.pipeline.program import Op, Program, Value, Variable, is_nothing
 
 
 def divide(

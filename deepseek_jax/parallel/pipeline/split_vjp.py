@@ -7,19 +7,21 @@ are norms' weight gradients), and W does cheap work of B again. Scans over layer
 are cut inside (`cut.py`). A `while` loop is not cut: it belongs to B if B needs any of it. So a custom VJP must compute
 the gradients of inputs and of weights in calls of their own, as `ops.grouped_matmul` does.
 
-What is kept between the passes is as little as that allows (`residuals.py`).
+What is kept between the passes is as little as that allows (`residuals.py`). All of it, and weights and their gradients
+too, may be a row of a stack, which is read and written where it lies (`evaluate.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from deepseek_jax.parallel.pipeline.cut import cut
+from deepseek_jax.parallel.pipeline.evaluate import Row, evaluate
 from deepseek_jax.parallel.pipeline.parts import pruned
-from deepseek_jax.parallel.pipeline.program import Variable, evaluate, flatten
+from deepseek_jax.parallel.pipeline.program import Variable, flatten
 from deepseek_jax.parallel.pipeline.residuals import divide
 
 Arrays = list[jax.Array]
@@ -28,18 +30,20 @@ Arrays = list[jax.Array]
 class SplitVjp(NamedTuple):
     """A function's forward pass and its backward pass, whole or in two parts.
 
-    `params` and `fixed` must be the same in all of them. Residuals and stash are arrays in an order of their own.
+    `params` and `fixed` must be the same in all of them. Residuals and stash are arrays in an order of their own. In
+    the place of every array of `params`, residuals and stash may be a `Row`, and with `into`, a list or a tree of rows
+    for what a part gives last, it gives the stacks of these rows, with that written in them.
     """
 
-    forward: Callable[[Any, Any, Any], tuple[Any, Any, Arrays]]
-    """`(params, x, fixed) -> (outputs, aux, residuals)`."""
-    input_gradient: Callable[[Any, Any, Arrays, Any], tuple[Any, Arrays]]
-    """`(params, fixed, residuals, cotangents of outputs) -> (gradient of x, stash)`."""
-    weight_gradient: Callable[[Any, Any, Arrays, Arrays], Any]
-    """`(params, fixed, residuals, stash) -> gradient of params`."""
-    gradients: Callable[[Any, Any, Arrays, Any], tuple[Any, Any]]
-    """`(params, fixed, residuals, cotangents of outputs) -> (gradient of x, gradient of params)`: both at once, with no
-    stash between them."""
+    forward: Callable[..., tuple[Any, Any, Arrays]]
+    """`(params, x, fixed, into=None) -> (outputs, aux, residuals)`."""
+    input_gradient: Callable[..., tuple[Any, Arrays]]
+    """`(params, fixed, residuals, cotangents of outputs, into=None) -> (gradient of x, stash)`."""
+    weight_gradient: Callable[..., Any]
+    """`(params, fixed, residuals, stash, into=None) -> gradient of params`."""
+    gradients: Callable[..., tuple[Any, Any]]
+    """`(params, fixed, residuals, cotangents of outputs, into=None) -> (gradient of x, gradient of params)`: both at
+    once, with no stash between them."""
 
 
 def split_vjp(function: Callable[[Any, Any, Any], tuple[Any, Any]], params: Any, x: Any, fixed: Any = None) -> SplitVjp:
@@ -84,9 +88,9 @@ def split_vjp(function: Callable[[Any, Any, Any], tuple[Any, Any]], params: Any,
         [place < len(made) for place in range(len(backward.inputs))],
     )
 
-    def run_forward(params, x, fixed):
+    def run_forward(params, x, fixed, into=None):
         env = dict(whole.constants) | dict(zip(whole.inputs, leaves((params, x, fixed)), strict=True))
-        values = evaluate(forward_ops, env, (*results, *kept))
+        values = evaluate(forward_ops, env, (*results, *kept), _after(results, into))
         outputs, rest = values[: counts[0]], values[counts[0] :]
         aux, residuals = rest[: counts[1]], rest[counts[1] :]
         return jax.tree.unflatten(trees["outputs"], outputs), jax.tree.unflatten(trees["aux"], aux), residuals
@@ -95,27 +99,38 @@ def split_vjp(function: Callable[[Any, Any, Any], tuple[Any, Any]], params: Any,
         """The values that every part of the backward pass begins with."""
         env = dict(whole.constants) | dict(zip(lasting, leaves((params, fixed)), strict=True))
         env.update(zip(kept, residuals, strict=True))
-        return dict(backward.constants) | dict(zip(backward.inputs, evaluate(again_ops, env, made), strict=False))
+        evaluate(again_ops, env, ())
+        values = [env[value] if isinstance(value, Variable) else value.val for value in made]
+        return dict(backward.constants) | dict(zip(backward.inputs, values, strict=False))
 
     def start_with(params, fixed, residuals, cotangents) -> dict[Variable, Any]:
         env = start(params, fixed, residuals)
         env.update(zip(backward.inputs[len(made) :], leaves(cotangents), strict=True))
         return env
 
-    def run_input(params, fixed, residuals, cotangents):
+    def run_input(params, fixed, residuals, cotangents, into=None):
         env = start_with(params, fixed, residuals, cotangents)
-        gradient = evaluate(parts.first, env, backward.outputs[:inputs])
-        return jax.tree.unflatten(structures[1], gradient), [env[value] for value in parts.stash]
+        wanted = (*backward.outputs[:inputs], *parts.stash)
+        values = evaluate(parts.first, env, wanted, _after(backward.outputs[:inputs], into))
+        return jax.tree.unflatten(structures[1], values[:inputs]), values[inputs:]
 
-    def run_weights(params, fixed, residuals, stash):
+    def run_weights(params, fixed, residuals, stash, into=None):
         env = start(params, fixed, residuals)
         env.update(zip(parts.stash, stash, strict=True))
-        return jax.tree.unflatten(structures[0], evaluate(parts.second, env, backward.outputs[inputs:]))
+        gradient = evaluate(parts.second, env, backward.outputs[inputs:], _after((), into))
+        return jax.tree.unflatten(structures[0], gradient)
 
-    def run_both(params, fixed, residuals, cotangents):
+    def run_both(params, fixed, residuals, cotangents, into=None):
         env = start_with(params, fixed, residuals, cotangents)
-        values = evaluate(backward.ops, env, backward.outputs)
+        values = evaluate(backward.ops, env, backward.outputs, _after(backward.outputs[:inputs], into))
         dx, dparams = values[:inputs], values[inputs:]
         return jax.tree.unflatten(structures[1], dx), jax.tree.unflatten(structures[0], dparams)
 
     return SplitVjp(run_forward, run_input, run_weights, run_both)
+
+
+def _after(others: Sequence[Any], rows: Any) -> list[Row | None] | None:
+    """The rows of a tree, after None for each of the others."""
+    return (
+        None if rows is None else [*(None for _ in others), *jax.tree.leaves(rows, is_leaf=lambda leaf: leaf is None)]
+    )

@@ -22,6 +22,8 @@ from deepseek_jax.parallel.mesh import AXES
 from deepseek_jax.parallel.pipeline import arrays
 from deepseek_jax.parallel.pipeline.arrays import add, after, joined, parted, put, take, where, wide_zeros, zeros
 from deepseek_jax.parallel.pipeline.braid import braid
+from deepseek_jax.parallel.pipeline.evaluate import Row, as_array, rows_of
+from deepseek_jax.parallel.pipeline.left_out import adding, when
 from deepseek_jax.parallel.pipeline.phases import Phase, Phases
 from deepseek_jax.parallel.pipeline.protocol import LossScales, Streams
 from deepseek_jax.parallel.pipeline.rings import Made, Post, Rings, StageShapes
@@ -85,7 +87,7 @@ class _Run:
         self.ends = {name: tree for name, tree in params.items() if name not in STACKS}
         self.shared = {name: self.ends[name] for name in (self.model.shared_ends if "mtp" in params else ())}
         x = zeros(jax.eval_shape(self.model.embed, self.ends, self._microbatch(0)))
-        example = (self._weights(0), x, self._fixed(jnp.zeros_like(self.rank), 0, 0))
+        example = jax.tree.map(as_array, (self._weights(0), x, self._fixed(jnp.zeros_like(self.rank), 0, 0)))
         self.split: SplitVjp | None = split_vjp(self._stage, *example) if self.trains else None
         self.shapes: StageShapes = jax.eval_shape(self._shapes, *example)
         self.columns = {name: self._column(name) for name in tables.columns}
@@ -142,7 +144,7 @@ class _Run:
         if known and self.machine.overlap == "braid":
             assert self.split is not None
             (out, stats, residual), (dx, weights) = braid(self.split.forward, self.split.gradients)(of_f(at), of_b(at))
-            stacks, shared = self._added(totals.stacks, totals.shared, known.phase_b, weights)
+            stacks, shared = self._added(totals.shared, self._written(totals.stacks, known.phase_b, weights))
             totals = totals._replace(stacks=stacks, shared=shared)
             rings = self._kept(rings, residual, at, (dx, stacks, shared))
         else:
@@ -156,44 +158,6 @@ class _Run:
             return rings, Made(out.hidden, x, ()), totals
         totals = self._embed_gradient(totals, dx, at, known)
         return rings, Made(out.hidden, x, self.post.send("dx", dx, known and known.dx_sends)), totals
-
-    def _when(self, name: str, predicate: jax.Array, known: Tick | bool | None, at: dict, run: Callable) -> Any:
-        """`run(at)`, or zeros where the predicate is false; in a steady tick it is known what it is.
-
-        The name, a key of `tables.work_shares`, is the scope of the conditional or of the loop.
-        """
-        return self._adding(name, predicate, known, at, lambda at: (run(at), ()), ())[0]
-
-    def _adding(
-        self,
-        name: str,
-        predicate: jax.Array,
-        known: Tick | bool | None,
-        at: dict,
-        run: Callable,
-        sums: tuple,
-        otherwise: Any = None,
-    ) -> Any:
-        """The same of `run(at, *sums) -> (result, sums with what it added)`; instead of zeros maybe something else.
-
-        What is added to is the carry of a loop of one turn or none, in which XLA adds in place. A conditional would
-        copy every sum on a GPU, and zeros out of one would have to be made and added in every tick.
-        """
-        # Rows and numbers depend on the turn, or XLA would see that the work does not, and do it before each loop.
-        turned = lambda turn, *sums: run({column: value + turn for column, value in at.items()}, *sums)  # noqa: E731
-        checked = lambda turn, *sums: to_varying(turned(turn, *sums), AXES)  # noqa: E731
-        if known:
-            with jax.named_scope(name):
-                return checked(0, *sums)
-        shapes, _ = jax.eval_shape(checked, 0, *sums)
-        if known is False:
-            return zeros(shapes), sums
-        with jax.named_scope(name):
-            if not sums:
-                return lax.cond(predicate, lambda: checked(0), lambda: (zeros(shapes), ()))
-            turns = to_varying(predicate, AXES).astype(jnp.int32)
-            begin = zeros(shapes) if otherwise is None else otherwise
-            return lax.fori_loop(0, turns, lambda turn, carry: checked(turn, *carry[1]), (begin, sums))
 
     # --- F, B, W ---
 
@@ -211,16 +175,17 @@ class _Run:
         """(outputs, stats, rings with the residuals), after what makes `before` has read its own residuals."""
         split, predicate = self.split, at["f_slot"] >= 0
         if split is None:
-            return *self._when("F", predicate, known, at, lambda at: self._stage(*of_f(at))), rings
+            run = lambda at: self._stage(*jax.tree.map(as_array, of_f(at)))  # noqa: E731
+            return *when("F", predicate, known, at, run), rings
         if known:
             out, stats, residual = split.forward(*of_f(at))
             return out, stats, self._kept(rings, residual, at, before)
 
-        def run(at: dict, ring: list):
-            out, stats, residual = split.forward(*of_f(at))
-            return (out, stats), (put(ring, at["f_residual"], residual),)
+        def forward(at: dict, ring: list):
+            out, stats, ring = split.forward(*of_f(at), into=rows_of(ring, at["f_residual"]))
+            return (out, stats), (ring,)
 
-        (out, stats), (ring,) = self._adding("F", predicate & after(before), None, at, run, (rings.residual,))
+        (out, stats), (ring,) = adding("F", predicate & after(before), None, at, forward, (rings.residual,))
         return out, stats, rings._replace(residual=ring)
 
     def _kept(self, rings: Rings, residual: list, at: dict, before: Any) -> Rings:
@@ -244,32 +209,42 @@ class _Run:
 
         def both(at: dict, stacks: Tree, shared: Tree):
             phase = known.phase_b if known else self.phases.of(at["b_slot"])
-            dx, weights = split.gradients(*of_b(at))
-            return dx, self._added(stacks, shared, phase, weights)
+            dx, weights = split.gradients(*of_b(at), into=self._sums(stacks, phase))
+            return dx, self._added(shared, weights)
 
         def input_gradient(at: dict, ring: list):
-            dx, stash = split.input_gradient(*of_b(at))
-            return dx, (put(ring, at["b_stash"], stash),)
+            dx, ring = split.input_gradient(*of_b(at), into=rows_of(ring, at["b_stash"]))
+            return dx, (ring,)
 
         def weight_gradient(at: dict, stacks: Tree, shared: Tree):
             phase = self.phases.of(at["w_slot"])
             fixed = self._fixed(at["w_slot"], at["w_microbatch"], phase)
-            residual, stash = take(rings.residual, at["w_residual"]), take(ring, at["w_stash"])
-            weights = split.weight_gradient(self._weights(phase), fixed, residual, stash)
-            return (), self._added(stacks, shared, phase, weights)
+            residual, stash = rows_of(rings.residual, at["w_residual"]), rows_of(ring, at["w_stash"])
+            into = self._sums(stacks, phase)
+            return (), self._added(shared, split.weight_gradient(self._weights(phase), fixed, residual, stash, into))
 
         own, ring = at["w_own"] > 0, rings.stash
-        dx, sums = self._adding("BW", own, known, at, both, sums)
+        dx, sums = adding("BW", own, known, at, both, sums)
         if not known and self.tables.rings.stash:
-            dx, (ring,) = self._adding("B", (at["b_slot"] >= 0) & ~own, None, at, input_gradient, (ring,), dx)
-            _, sums = self._adding("W", (at["w_slot"] >= 0) & ~own, None, at, weight_gradient, sums)
+            dx, (ring,) = adding("B", (at["b_slot"] >= 0) & ~own, None, at, input_gradient, (ring,), dx)
+            _, sums = adding("W", (at["w_slot"] >= 0) & ~own, None, at, weight_gradient, sums)
         return dx, rings._replace(stash=ring), totals._replace(stacks=sums[0], shared=sums[1])
 
-    def _added(self, stacks: Tree, shared: Tree, phase: Phase, weights: Tree) -> tuple[Tree, Tree]:
-        """The sums of both with the gradients of a phase's weights."""
-        of_stacks = {name: tree for name, tree in weights.items() if name not in self.shared}
-        add_at = lambda total, g: total.at[phase].add(g.astype(total.dtype))  # noqa: E731
-        return jax.tree.map(add_at, stacks, of_stacks), add(shared, {name: weights[name] for name in shared})
+    def _sums(self, stacks: Tree, phase: Phase) -> Tree:
+        """Where a phase's weight gradients are added: to the sums of its stacks; those of shared weights come alone."""
+        return {**rows_of(stacks, phase, adds=True), **jax.tree.map(lambda _: None, self.shared)}
+
+    def _written(self, stacks: Tree, phase: Phase, weights: Tree) -> Tree:
+        """A phase's gradients of weights, with the sums of stacks in the place of what was added to them."""
+        rows = self._sums(stacks, phase)
+        return {
+            n: tree if n in self.shared else jax.tree.map(Row.written, rows[n], tree) for n, tree in weights.items()
+        }
+
+    def _added(self, shared: Tree, weights: Tree) -> tuple[Tree, Tree]:
+        """The sums of stacks, and those of shared weights with their gradients."""
+        stacks = {name: tree for name, tree in weights.items() if name not in self.shared}
+        return stacks, add(shared, {name: weights[name] for name in shared})
 
     def _of_backward(self, rings: Rings, cotangents: tuple, at: dict, known: Tick | None):
         """What a B reads: weights, fixed inputs, residuals, and cotangents from the next stage or from the loss."""
@@ -282,7 +257,7 @@ class _Run:
             aux=self.scales.balance.astype(self.shapes.out.aux.dtype),
         )
         fixed = self._fixed(slot, at["b_microbatch"], phase)
-        return self._weights(phase), fixed, take(rings.residual, at["b_residual"]), cotangent
+        return self._weights(phase), fixed, rows_of(rings.residual, at["b_residual"]), cotangent
 
     # --- the ends: all ranks together, for both directions at once ---
 
@@ -292,7 +267,7 @@ class _Run:
         def run(at: dict) -> tuple[Streams, ...]:
             return parted(self.model.embed(self.ends, self._microbatches(at["embed"])), self.stages.directions)
 
-        return self._when("embed", (at["embed"] >= 0).any(), known and known.embed, at, run)
+        return when("embed", (at["embed"] >= 0).any(), known and known.embed, at, run)
 
     def _head(self, rings: Rings, totals: Totals, at: dict, known: Tick | None) -> tuple[tuple, Totals]:
         """Per direction the cotangents of its last stage's hidden states, and totals with the loss."""
@@ -310,7 +285,7 @@ class _Run:
             return parted(cotangents, self.stages.directions), (total + value, add(sums, more), of_ends)
 
         sums = (totals.loss, totals.sums, totals.ends)
-        cotangents, sums = self._adding("head", (at["head"] >= 0).any(), known and known.head, at, run, sums)
+        cotangents, sums = adding("head", (at["head"] >= 0).any(), known and known.head, at, run, sums)
         return cotangents, totals._replace(**dict(zip(("loss", "sums", "ends"), sums, strict=True)))
 
     def _embed_gradient(self, totals: Totals, dx: Streams, at: dict, known: Tick | None) -> Totals:
@@ -321,7 +296,7 @@ class _Run:
             return (), (add(ends, gradient),)
 
         wanted = (at["embed_gradient"] >= 0).any()
-        _, (ends,) = self._adding("embed_gradient", wanted, known and known.embed_gradient, at, run, (totals.ends,))
+        _, (ends,) = adding("embed_gradient", wanted, known and known.embed_gradient, at, run, (totals.ends,))
         return totals._replace(ends=ends)
 
     def _from_stage(self, stage: int, mine: Any, microbatches: jax.Array) -> Any:
@@ -344,7 +319,8 @@ class _Run:
         hidden = joined([zeros(self.shapes.out.hidden)] * self.stages.directions)
         batch = self._microbatches(jnp.full(self.stages.directions, -1))
         loss, sums = jax.eval_shape(lambda: self.model.finish(self.ends, hidden, batch, self.scales))
-        of_phases = jax.eval_shape(lambda: arrays.stacked([self._stacks(0)] * self.stages.slots))
+        of_phase = lambda: jax.tree.map(as_array, self._stacks(0))  # noqa: E731
+        of_phases = jax.eval_shape(lambda: arrays.stacked([of_phase()] * self.stages.slots))
         return Totals(
             stacks=wide_zeros(of_phases) if self.trains else {},
             shared=wide_zeros(self.shared) if self.trains else {},
