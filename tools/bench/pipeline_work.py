@@ -47,8 +47,7 @@ def measure_work(
         base = f"sequential, {stages} stages" if stages == 16 else "sequential"
         make = functools.partial(make_trainer, model_of(stages), recompute=recompute)
         cases.setdefault(base, (base, make))
-        # What it costs so many devices alone to take turns on a core, and to have each other's numbers in its caches.
-        cases.setdefault(f"{base} on {ranks} data ranks", (base, functools.partial(make, data=ranks)))
+        cases.setdefault(shared(base, ranks), (base, functools.partial(make, data=ranks)))
         for overlap in overlaps:
             pipelined = functools.partial(make, pipe=ranks, schedule=schedule, overlap=overlap)
             cases[f"{schedule}, {overlap}"] = base, pipelined
@@ -62,6 +61,12 @@ def measure_work(
         {"case": case, "base": base, "ranks": ranks, "rows": rows, **runs[case].result(traces)}
         for case, (base, _) in cases.items()
     ]
+
+
+def shared(base: str, ranks: int) -> str:
+    """The name of a baseline's work on as many data ranks: what it costs so many devices alone to take turns on a core,
+    and to have each other's numbers in its caches."""
+    return f"{base} on {ranks} data ranks"
 
 
 def microbatches_of(ranks: int) -> int:
