@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from pallas_kernels.block_scaled_matmul import portable, reference, tensor_core
+from pallas_kernels.block_scaled_matmul import mosaic_gpu, portable, reference, tensor_core
 from pallas_kernels.implementation import choose
 from pallas_kernels.quantize import Quantized
 from pallas_kernels.quantize.api import FORMATS
@@ -29,8 +29,9 @@ def block_scaled_matmul(
       b: `[K, N]` in tiles of 128×128 or 128×1, or one scale. Any of M, K and N may be ragged, or zero.
       out_dtype: bfloat16 or float32.
       implementation: "reference" (one product per 128 of K: the meaning), "dequantize" (portable: one float32 product
-        of the dequantised matrices), "14_bits" (for study: what `matmul_14_bits` makes of them without promotion), or
-        None for the best that is supported here.
+        of the dequantised matrices), "14_bits" (for study: what `matmul_14_bits` makes of them without promotion),
+        "mosaic_gpu" (the kernel for Hopper, for Fprop and Dgrad in E4M3), or None for the best that is supported here,
+        among which "mosaic_gpu" will be once it has run on a GPU.
 
     Returns:
       `[M, N]` of `out_dtype`.
@@ -44,8 +45,9 @@ def block_scaled_matmul(
         raise ValueError(f"block_scaled_matmul needs a [M, K] and b [K, N], not {a.shape} and {b.shape}")
     check_tile("block_scaled_matmul", "a", a, ((1, 128), (128, 128), None))
     check_tile("block_scaled_matmul", "b", b, ((128, 1), (128, 128), None))
-    implementations = {"dequantize": portable, "reference": reference, "14_bits": tensor_core}
-    name = choose("block_scaled_matmul", implementation, dict.fromkeys(implementations))
+    implementations = {"dequantize": portable, "reference": reference, "14_bits": tensor_core, "mosaic_gpu": mosaic_gpu}
+    obstacles = dict.fromkeys(implementations) | {"mosaic_gpu": mosaic_gpu.supported(a, b)}
+    name = choose("block_scaled_matmul", implementation, obstacles)
     return implementations[name].block_scaled_matmul(a, b, jnp.dtype(out_dtype))
 
 

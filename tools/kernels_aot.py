@@ -1,0 +1,253 @@
+"""Compiles the Hopper kernels for every shape of DeepSeek-V3 without a GPU, and prints what the compiler made of them.
+
+`python -m tools.kernels_aot` needs the extra [cuda] (no GPU, no driver). For each shape: registers, spills, shared
+memory, `wgmma` in E4M3 and TMA loads, read from the PTX and from what ptxas and Mosaic say; the share of an SM's warps
+that are resident; and two floors, for the multiply-adds at the chip's peak and for moving every operand once, and a
+prediction. Nothing runs: the prediction adds up what `block_scaled_matmul/config.py` takes a step to cost, and
+`TILE_CYCLES` for what a tile costs besides. It is a model of the design, not a measurement, and knows nothing of the
+power limit. Where nvdisasm is not installed Mosaic says so on stderr, which does not matter here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+from deepseek_jax.config import ConfigError
+from deepseek_jax.parallel.mesh import ParallelConfig
+from deepseek_jax.planning.gpu_target import h200_mesh
+from pallas_kernels.block_scaled_matmul import mosaic_gpu
+from pallas_kernels.block_scaled_matmul.config import BLOCK, MatmulConfig, default_config, rounds, step_cycles
+from pallas_kernels.quantize import Quantized
+
+OUT_DTYPE = flags.DEFINE_enum("out_dtype", "bfloat16", ["bfloat16", "float32"], "dtype of the results")
+
+ROWS = (4096, 128, 64)
+WEIGHTS = ((2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))
+"""N and K of DeepSeek-V3's linear layers."""
+
+SMS = 132
+PEAK_FLOPS = 1979e12
+"""Dense FP8 of an H200, per second."""
+MEMORY_BANDWIDTH = 4.8e12
+"""Bytes per second of an H200."""
+CLOCK = PEAK_FLOPS / (SMS * 4096 * 2)
+"""Cycles per second at which that peak is had: 1.83 GHz."""
+SM_SHARED_MEMORY, SM_REGISTERS, SM_WARPS = 233_472, 65_536, 64
+TILE_CYCLES = 1500
+"""For a tile's result to leave the registers while nothing is multiplied, and for a first product: our assumption."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledKernel:
+    """What the compiler made of a kernel."""
+
+    threads: int
+    """Of a block."""
+    registers: int
+    """Of a thread at launch; a kernel may then move some from one warpgroup to others."""
+    spilled_bytes: int
+    """Written to and read from local memory by each thread, where registers did not suffice."""
+    shared_bytes: int
+    """Shared memory of a block."""
+    wgmma_e4m3: int
+    """`wgmma` instructions on E4M3 in the program's text."""
+    tma_loads: int
+    """Bulk tensor copies from global to shared memory in the program's text."""
+    multicast_loads: int
+    """How many of them write to several blocks."""
+    remote_arrivals: int
+    """Arrivals at the barriers of another block of the cluster in the program's text."""
+    code_copies: int
+    """Copies of operands' FP8 codes, transposed or padded, that XLA makes before the kernel runs."""
+
+    @property
+    def blocks_per_sm(self) -> int:
+        """Blocks that fit on one SM at a time; each also takes 1 KB of shared memory for itself."""
+        return min(
+            SM_SHARED_MEMORY // (self.shared_bytes + 1024),
+            SM_REGISTERS // (self.registers * self.threads),
+            SM_WARPS * 32 // self.threads,
+        )
+
+    @property
+    def occupancy(self) -> float:
+        """Share of the warps that an SM can hold."""
+        return self.blocks_per_sm * self.threads / 32 / SM_WARPS
+
+
+def compile_matmul(
+    m: int, n: int, k: int, out_dtype: jnp.dtype, config: MatmulConfig, *, k_major: bool = True
+) -> CompiledKernel:
+    """Compiles a product `[m, k]` by `[k, n]` for an H200; each kernel once in a process.
+
+    Args:
+      m: Rows of a.
+      n: Columns of b.
+      k: What is summed over.
+      out_dtype: Of the result.
+      config: How the work is cut.
+      k_major: b's codes lie as the kernel reads them, `[n, k]`: Dgrad, or Fprop with a transposed copy of the weight.
+
+    Raises:
+      ConfigError: jax cannot compile for GPUs here.
+      RuntimeError: this process compiled the same kernel before.
+    """
+    (device,) = h200_mesh(ParallelConfig()).devices.flat
+    sharding = jax.sharding.SingleDeviceSharding(device)
+
+    def quantized(rows, columns, high):
+        scales = (-(-rows // high), -(-columns // BLOCK))
+        return Quantized(
+            jax.ShapeDtypeStruct((rows, columns), jnp.float8_e4m3fn, sharding=sharding),
+            jax.ShapeDtypeStruct(scales, jnp.float32, sharding=sharding),
+            (high, BLOCK),
+        )
+
+    def product(a, b):
+        return mosaic_gpu.block_scaled_matmul(a, b.T if k_major else b, out_dtype, config=config, sms=SMS)
+
+    b = quantized(n, k, BLOCK) if k_major else quantized(k, n, BLOCK)
+    with _dumps() as folder:
+        program = jax.jit(product).lower(quantized(m, k, 1), b).compile().as_text()
+        dumps = {file.name.split(".", 1)[1]: file for file in folder.iterdir()}
+        if not dumps:
+            raise RuntimeError(
+                f"this kernel was compiled before in this process, and Mosaic keeps it: {m, n, k, config}"
+            )
+        with dumps["mlir-passes.log"].open(encoding="utf-8") as lines:
+            launch = next(line for line in lines if "gpu.launch" in line)
+        return read_kernel(dumps["ptx"].read_text("utf-8"), dumps["ptxas"].read_text("utf-8"), launch, program)
+
+
+@contextlib.contextmanager
+def _dumps() -> Iterator[Path]:
+    """A folder that Mosaic writes to what it compiles within the context.
+
+    jax's cache of compiled programs keeps none of them: a program that came from there would leave nothing here.
+    """
+    name, seconds = "MOSAIC_GPU_DUMP_TO", "jax_persistent_cache_min_compile_time_secs"
+    folder_before, seconds_before = os.environ.get(name), getattr(jax.config, seconds)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[name] = folder
+        jax.config.update(seconds, 1e9)
+        try:
+            yield Path(folder)
+        finally:
+            jax.config.update(seconds, seconds_before)
+            os.environ.pop(name)
+            if folder_before is not None:
+                os.environ[name] = folder_before
+
+
+def read_kernel(ptx: str, ptxas: str, launch: str, program: str) -> CompiledKernel:
+    """Reads the PTX, what ptxas said of it, the line of Mosaic's program that launches it, and XLA's program.
+
+    Raises:
+      ValueError: if one of them lacks what is looked for.
+    """
+
+    def number(pattern: str, text: str) -> int:
+        found = re.search(pattern, text)
+        if found is None:
+            raise ValueError(f"the compiler's output has no {pattern!r}: {text[:500]}")
+        return int(found[1])
+
+    entry = program[program.index("\nENTRY ") :]
+    loads = re.findall(r"cp\.async\.bulk\.tensor\S*shared::cluster\.global\S*", ptx)
+    return CompiledKernel(
+        threads=number(r"\.maxntid (\d+)", ptx),
+        registers=number(r"Used (\d+) registers", ptxas),
+        spilled_bytes=number(r"(\d+) bytes spill stores", ptxas) + number(r"(\d+) bytes spill loads", ptxas),
+        shared_bytes=number(r"dynamic_shared_memory_size %c(\d+)_i32", launch),
+        wgmma_e4m3=len(re.findall(r"wgmma\.mma_async\S*\.e4m3\.e4m3", ptx)),
+        tma_loads=len(loads),
+        multicast_loads=sum("multicast" in load for load in loads),
+        remote_arrivals=len(re.findall(r"mbarrier\.arrive\.shared::cluster", ptx)),
+        code_copies=len(re.findall(r"= f8e4m3fn\[\S+ (?:copy|fusion|pad|transpose)\(", entry)),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """Times of one product in seconds."""
+
+    arithmetic: float
+    """Its multiply-adds at the chip's peak."""
+    memory: float
+    """Each operand and the result moved once."""
+    kernel: float
+    """What the kernel should take."""
+    bound: str
+    """What sets that: "memory", or the longest of `step_cycles`."""
+
+
+def predict(m: int, n: int, k: int, out_dtype: jnp.dtype, config: MatmulConfig) -> Prediction:
+    """The floors of a product, and the time of the kernel by the assumptions named at the top of this module."""
+    depth = -(-k // BLOCK)
+    moved = (m + n) * k + 4 * depth * (m + -(-n // BLOCK)) + m * n * jnp.dtype(out_dtype).itemsize
+    memory = moved / MEMORY_BANDWIDTH
+    step = step_cycles(config, m)
+    bound = max(step, key=step.__getitem__)
+    kernel = rounds(config, m, n, SMS) * (depth * step[bound] + TILE_CYCLES) / CLOCK
+    if kernel < memory:
+        kernel, bound = memory, "memory"
+    return Prediction(2 * m * n * k / PEAK_FLOPS, memory, kernel, bound)
+
+
+def table(out_dtype: jnp.dtype, rows: Sequence[int] = ROWS, weights: Sequence[tuple[int, int]] = WEIGHTS) -> list[str]:
+    """The lines of a Markdown table, one for each shape."""
+    lines = [
+        "| M | N×K | tile, stages, cluster | registers × threads | spilled | shared memory | blocks per SM, warps | "
+        "wgmma, TMA loads (multicast) | arithmetic floor | memory floor | predicted | bound by |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for m in rows:
+        for n, k in weights:
+            config = default_config(m, n, out_dtype, SMS)
+            kernel, times = compile_matmul(m, n, k, out_dtype, config), predict(m, n, k, out_dtype, config)
+            cells = (
+                m,
+                f"{n}×{k}",
+                f"{config.tile_m}×{config.tile_n}, {config.stages}, {config.cluster}",
+                f"{kernel.registers} × {kernel.threads}",
+                f"{kernel.spilled_bytes} B",
+                f"{kernel.shared_bytes / 1024:.0f} KB",
+                f"{kernel.blocks_per_sm}, {kernel.occupancy:.0%}",
+                f"{kernel.wgmma_e4m3}, {kernel.tma_loads} ({kernel.multicast_loads})",
+                f"{times.arithmetic * 1e6:.1f} µs",
+                f"{times.memory * 1e6:.1f} µs",
+                f"{times.kernel * 1e6:.1f} µs, {2 * m * n * k / times.kernel / 1e12:.0f} TFLOP/s",
+                times.bound,
+            )
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def main(argv: Sequence[str]) -> int:
+    """Compiles and prints; the exit code."""
+    if len(argv) != 1:
+        print("usage: python -m tools.kernels_aot [--out_dtype=float32]", file=sys.stderr)
+        return 2
+    try:
+        lines = table(jnp.dtype(OUT_DTYPE.value))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"`block_scaled_matmul`, {OUT_DTYPE.value} results, compiled for sm_90a by jax {jax.__version__}:\n")
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    app.run(lambda argv: sys.exit(main(argv)))
