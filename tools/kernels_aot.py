@@ -16,8 +16,9 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,8 +104,7 @@ def compile_matmul(
       ConfigError: jax cannot compile for GPUs here.
       RuntimeError: this process compiled the same kernel before.
     """
-    (device,) = h200_mesh(ParallelConfig()).devices.flat
-    sharding = jax.sharding.SingleDeviceSharding(device)
+    sharding = on_h200()
 
     def quantized(rows, columns, high):
         scales = (-(-rows // high), -(-columns // BLOCK))
@@ -118,16 +118,37 @@ def compile_matmul(
         return mosaic_gpu.block_scaled_matmul(a, b.T if k_major else b, out_dtype, config=config, sms=SMS)
 
     b = quantized(n, k, BLOCK) if k_major else quantized(k, n, BLOCK)
+    return read_kernel(*compile_kernel(product, quantized(m, k, 1), b))
+
+
+def on_h200() -> jax.sharding.Sharding:
+    """Where arrays lie on one H200 that exists in the description only.
+
+    Raises:
+      ConfigError: jax cannot compile for GPUs here.
+    """
+    (device,) = h200_mesh(ParallelConfig()).devices.flat
+    return jax.sharding.SingleDeviceSharding(device)
+
+
+def compile_kernel(function: Callable[..., Any], *shapes: Any) -> tuple[str, str, str, str]:
+    """Compiles a function with one kernel of Mosaic's: what `read_kernel` reads.
+
+    Args:
+      function: What is compiled.
+      shapes: Its arguments as ShapeDtypeStructs `on_h200`, or pytrees of them.
+
+    Raises:
+      RuntimeError: this process compiled the same kernel before.
+    """
     with _dumps() as folder:
-        program = jax.jit(product).lower(quantized(m, k, 1), b).compile().as_text()
+        program = jax.jit(function).lower(*shapes).compile().as_text() or ""
         dumps = {file.name.split(".", 1)[1]: file for file in folder.iterdir()}
         if not dumps:
-            raise RuntimeError(
-                f"this kernel was compiled before in this process, and Mosaic keeps it: {m, n, k, config}"
-            )
+            raise RuntimeError(f"this kernel was compiled before in this process, and Mosaic keeps it: {shapes}")
         with dumps["mlir-passes.log"].open(encoding="utf-8") as lines:
             launch = next(line for line in lines if "gpu.launch" in line)
-        return read_kernel(dumps["ptx"].read_text("utf-8"), dumps["ptxas"].read_text("utf-8"), launch, program)
+        return dumps["ptx"].read_text("utf-8"), dumps["ptxas"].read_text("utf-8"), launch, program
 
 
 @contextlib.contextmanager

@@ -1,4 +1,11 @@
-from pallas_kernels.quantize.api import GRADIENT_AMAX, Quantized, quantize, requantize
+from pallas_kernels.quantize.api import (
+    GRADIENT_AMAX,
+    Quantized,
+    quantize,
+    quantize_both,
+    quantize_weight,
+    requantize,
+)
 from pallas_kernels.quantize.e5m6 import PackedE5M6, pack_e5m6, quantize_e5m6, unpack_e5m6
 
 __all__ = [
@@ -7,7 +14,9 @@ __all__ = [
     "Quantized",
     "pack_e5m6",
     "quantize",
+    "quantize_both",
     "quantize_e5m6",
+    "quantize_weight",
     "requantize",
     "unpack_e5m6",
 ]

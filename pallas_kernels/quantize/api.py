@@ -15,7 +15,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from pallas_kernels.implementation import choose
-from pallas_kernels.quantize import reference
+from pallas_kernels.quantize import mosaic_gpu, reference
 from pallas_kernels.quantize.reference import Tile, scale_shape
 
 TILES: tuple[Tile, ...] = ((1, 128), (128, 1), (128, 128), None)
@@ -83,8 +83,8 @@ def quantize(
     """Rounds x to FP8 with a scale per tile, which brings the tile's largest magnitude to the format's largest number.
 
     `scale = max(amax, smallest_amax) / largest`, where largest is 448 for E4M3 and 57344 for E5M2, and
-    `code = cast(clip(x / scale, ±largest))`, to nearest even; all in float32, the first quotient as a product with
-    1 / largest. A NaN or an infinity makes its whole tile NaN, codes and scale.
+    `code = cast(clip(x / scale, ±largest))`, to nearest even; all in float32, and both quotients as products with
+    reciprocals, 1 / largest and 1 / scale. A NaN or an infinity makes its whole tile NaN, codes and scale.
 
     Args:
       x: `[..., M, N]` of any float dtype; no dimension need be a multiple of 128, and any may be zero.
@@ -95,11 +95,12 @@ def quantize(
         public quantisers have it, `GRADIENT_AMAX` for gradients.
       scale: For a comparison, with tile None: this scale for all, whatever the values are. Those beyond the format's
         range are clipped, those below it become zero; 1 is a plain cast.
-      implementation: "reference", or None for the best that is supported here.
+      implementation: "reference", "mosaic_gpu" (the kernel for Hopper: matrices of bfloat16 or float32 to E4M3 in
+        tiles), or None for the best that is supported here, among which "mosaic_gpu" will be once it has run on a GPU.
 
     Raises:
-      ValueError: if x is no array of float matrices, tile, dtype or implementation is unknown, or a scale is given
-        for tiles.
+      ValueError: if x is no array of float matrices, tile or dtype is unknown, the implementation is unknown or not
+        supported here, or a scale is given for tiles.
     """
     if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"quantize needs x [..., M, N] of a float dtype, not {x.shape} of {x.dtype}")
@@ -109,9 +110,54 @@ def quantize(
         raise ValueError(f"quantize: dtype must be float8_e4m3fn or float8_e5m2, not {jnp.dtype(dtype)}")
     if scale is not None and (tile is not None or not 0 < scale < float("inf")):
         raise ValueError(f"quantize: a given scale is positive, and for tile None: scale={scale}, tile={tile}")
-    choose("quantize", implementation, {"reference": None})
-    codes, scales = reference.quantize(x, tile, jnp.dtype(dtype), power_of_two, float(smallest_amax), scale)
+    obstacles = {"reference": None, "mosaic_gpu": mosaic_gpu.supported(x, jnp.dtype(dtype), tile, smallest_amax)}
+    if choose("quantize", implementation, obstacles) == "mosaic_gpu" and tile is not None:
+        codes, scales = mosaic_gpu.quantize(x, tile, power_of_two, float(smallest_amax))
+    else:
+        codes, scales = reference.quantize(x, tile, jnp.dtype(dtype), power_of_two, float(smallest_amax), scale)
     return Quantized(codes, scales, tile)
+
+
+def quantize_both(
+    x: Array, *, power_of_two: bool = False, smallest_amax: float = 1e-4, implementation: str | None = None
+) -> tuple[Quantized, Quantized]:
+    """x `[M, N]` in E4M3 in tiles of 1×128, and in tiles of 128×1: a layer's gradient, for Dgrad and for Wgrad.
+
+    `quantize` twice, whose arguments and errors these are; the kernel "mosaic_gpu" reads x once.
+    """
+    name = _choose_for_matrix("quantize_both", x, (1, 128), smallest_amax, implementation)
+    if name == "mosaic_gpu":
+        codes, scales, column_codes, column_scales = mosaic_gpu.quantize_both(x, power_of_two, float(smallest_amax))
+        return Quantized(codes, scales, (1, 128)), Quantized(column_codes, column_scales, (128, 1))
+    rows, columns = (
+        quantize(x, tile, power_of_two=power_of_two, smallest_amax=smallest_amax, implementation=name)
+        for tile in ((1, 128), (128, 1))
+    )
+    return rows, columns
+
+
+def quantize_weight(
+    w: Array, *, power_of_two: bool = False, smallest_amax: float = 1e-4, implementation: str | None = None
+) -> tuple[Quantized, Quantized]:
+    """w `[K, N]` in E4M3 in blocks of 128×128, and its transpose `[N, K]`, the same values in an array of its own.
+
+    The first is for Dgrad (`w.T` of it), the second for Fprop (`transposed.T`): each lies as the kernel of
+    `block_scaled_matmul` reads it. Arguments and errors are those of `quantize`; the kernel "mosaic_gpu" reads w once.
+    """
+    name = _choose_for_matrix("quantize_weight", w, (128, 128), smallest_amax, implementation)
+    if name == "mosaic_gpu":
+        codes, scales, transposed = mosaic_gpu.quantize_weight(w, power_of_two, float(smallest_amax))
+        return Quantized(codes, scales, (128, 128)), Quantized(transposed, scales.T, (128, 128))
+    blocks = quantize(w, (128, 128), power_of_two=power_of_two, smallest_amax=smallest_amax, implementation=name)
+    return blocks, blocks.T
+
+
+def _choose_for_matrix(op, x, tile, smallest_amax, implementation):
+    """The implementation for E4M3 of a matrix x; raises ValueError if x is none, or there is none such here."""
+    if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{op} needs a matrix of a float dtype, not {x.shape} of {x.dtype}")
+    obstacle = mosaic_gpu.supported(x, jnp.dtype(jnp.float8_e4m3fn), tile, smallest_amax)
+    return choose(op, implementation, {"reference": None, "mosaic_gpu": obstacle})
 
 
 def requantize(

@@ -64,13 +64,14 @@ def spread(scales: Array, tile: Tile, shape: tuple[int, ...]) -> Array:
 def quantize(
     x: Array, tile: Tile, dtype: jnp.dtype, power_of_two: bool, smallest_amax: float, scale: float | None
 ) -> tuple[Array, Array]:
-    """Codes `[..., M, N]` of `dtype` and their scales, or the given one: `code = round(clip(x / scale))`."""
+    """Codes `[..., M, N]` of `dtype` and their scales, or the given one: `code = round(clip(x * (1 / scale)))`."""
     largest = float(jnp.finfo(dtype).max)
     scales = scales_of(x, tile, largest, power_of_two, smallest_amax)
     if scale is not None:
         scales = jnp.where(jnp.isnan(scales), scales, jnp.float32(scale))
-    # Clipped, because a cast out of range is NaN, and x / scale may be rounded up beyond it.
-    return clip(x.astype(jnp.float32) / spread(scales, tile, x.shape), largest).astype(dtype), scales
+    # A product, since XLA makes one of a division by what is broadcast; both are exact where scales are powers of two.
+    # Clipped, because a cast out of range is NaN, and the product may be rounded up beyond it.
+    return clip(x.astype(jnp.float32) * spread(1 / scales, tile, x.shape), largest).astype(dtype), scales
 
 
 def clip(x: Array, largest: float) -> Array:
