@@ -35,6 +35,16 @@ def choose(op: str, implementation: str | None, obstacles: Mapping[str, str | No
     return implementation
 
 
+def not_hopper() -> str | None:
+    """Why kernels for GPUs of compute capability 9.0 cannot run where the code runs; None if they can."""
+    if jax.default_backend() != "gpu":
+        return f"it is for GPUs of compute capability 9.0 (Hopper), and jax runs on {jax.default_backend()}"
+    capability = getattr(jax.devices()[0], "compute_capability", "unknown")
+    if str(capability) != "9.0":
+        return f"it is for GPUs of compute capability 9.0 (Hopper), not {capability}"
+    return None
+
+
 def accumulator(*arrays: jax.Array) -> jnp.dtype:
     """The dtype to accumulate in: float32 or wider, so that float64 parity tests stay in float64."""
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)

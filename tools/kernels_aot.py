@@ -255,19 +255,26 @@ def table(out_dtype: jnp.dtype, rows: Sequence[int] = ROWS, weights: Sequence[tu
     return lines
 
 
-def main(argv: Sequence[str]) -> int:
-    """Compiles and prints; the exit code."""
+def report(argv: Sequence[str], usage: str, kernels: str, make: Callable[[], list[str]]) -> int:
+    """Compiles and prints the table that `make` gives, of these kernels; the exit code."""
     if len(argv) != 1:
-        print("usage: python -m tools.kernels_aot [--out_dtype=float32]", file=sys.stderr)
+        print(f"usage: python -m {usage}", file=sys.stderr)
         return 2
     try:
-        lines = table(jnp.dtype(OUT_DTYPE.value))
+        lines = make()
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"`block_scaled_matmul`, {OUT_DTYPE.value} results, compiled for sm_90a by jax {jax.__version__}:\n")
+    print(f"{kernels}, compiled for sm_90a by jax {jax.__version__}:\n")
     print("\n".join(lines))
     return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the table of matmuls; the exit code."""
+    kernels = f"`block_scaled_matmul`, {OUT_DTYPE.value} results"
+    usage = "tools.kernels_aot [--out_dtype=float32]"
+    return report(argv, usage, kernels, lambda: table(jnp.dtype(OUT_DTYPE.value)))
 
 
 if __name__ == "__main__":

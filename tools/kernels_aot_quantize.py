@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 from absl import app
 
-from deepseek_jax.config import ConfigError
 from pallas_kernels.quantize import mosaic_gpu
-from tools.kernels_aot import MEMORY_BANDWIDTH, CompiledKernel, compile_kernel, on_h200, read_kernel
+from tools.kernels_aot import MEMORY_BANDWIDTH, CompiledKernel, compile_kernel, on_h200, read_kernel, report
 
 ACTIVATIONS = ((4096, 7168), (4096, 18432), (4096, 2048), (4096, 1536))
 WEIGHTS = ((7168, 2112), (1536, 24576), (512, 32768), (16384, 7168), (7168, 4096), (2048, 7168))
@@ -123,18 +122,9 @@ def table(dtypes: Sequence[jnp.dtype]) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Compiles and prints; the exit code."""
-    if len(argv) != 1:
-        print("usage: python -m tools.kernels_aot_quantize", file=sys.stderr)
-        return 2
-    try:
-        lines = table((jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(f"`quantize`, compiled for sm_90a by jax {jax.__version__}:\n")
-    print("\n".join(lines))
-    return 0
+    """Prints the table of quantisers; the exit code."""
+    dtypes = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
+    return report(argv, "tools.kernels_aot_quantize", "`quantize`", lambda: table(dtypes))
 
 
 if __name__ == "__main__":

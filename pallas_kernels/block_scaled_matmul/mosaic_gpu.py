@@ -58,6 +58,7 @@ import numpy as np
 from jax import Array, lax
 
 from pallas_kernels.block_scaled_matmul.config import BLOCK, ROWS, SCALES_READ, MatmulConfig, default_config
+from pallas_kernels.implementation import not_hopper
 from pallas_kernels.quantize import Quantized
 
 REGISTERS = {2: (40, 232), 3: (32, 160)}
@@ -68,12 +69,7 @@ INTERPRETED_WHOLE = jax.__version_info__ >= (0, 11, 2)
 
 def supported(a: Quantized, b: Quantized) -> str | None:
     """Why the kernel cannot multiply a `[M, K]` by b `[K, N]` where the code runs; None if it can."""
-    if jax.default_backend() != "gpu":
-        return f"it is for GPUs of compute capability 9.0 (Hopper), and jax runs on {jax.default_backend()}"
-    capability = getattr(jax.devices()[0], "compute_capability", "unknown")
-    if str(capability) != "9.0":
-        return f"it is for GPUs of compute capability 9.0 (Hopper), not {capability}"
-    return _unsupported_operands(a, b)
+    return not_hopper() or _unsupported_operands(a, b)
 
 
 def _unsupported_operands(a: Quantized, b: Quantized) -> str | None:

@@ -46,6 +46,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from pallas_kernels.implementation import not_hopper
 from pallas_kernels.quantize import reference
 
 BLOCK = 128
@@ -100,12 +101,7 @@ WEIGHT = _Plan("quantize_weight", ("block", "transposed"), BLOCK, BLOCK)
 
 def supported(x: Any, dtype: jnp.dtype, tile: tuple[int, int] | None, smallest_amax: float) -> str | None:
     """Why the kernel cannot quantise x to `dtype` in tiles of `tile` where the code runs; None if it can."""
-    if jax.default_backend() != "gpu":
-        return f"it is for GPUs of compute capability 9.0 (Hopper), and jax runs on {jax.default_backend()}"
-    capability = getattr(jax.devices()[0], "compute_capability", "unknown")
-    if str(capability) != "9.0":
-        return f"it is for GPUs of compute capability 9.0 (Hopper), not {capability}"
-    return _unsupported(x, dtype, tile, smallest_amax)
+    return not_hopper() or _unsupported(x, dtype, tile, smallest_amax)
 
 
 def _unsupported(x, dtype, tile, smallest_amax) -> str | None:
