@@ -338,7 +338,9 @@ def together(*codes, send=None):
 
 
 def test_the_first_speaks_as_it_is_and_the_others_with_their_number():
-    code, out, errors = together("print('a')", "import sys; print('b'); print('c\\nd', file=sys.stderr)")
+    # One write per line: `print` makes two where PYTHONUNBUFFERED is set, and the other's line may come between them.
+    first = "import os; os.write(1, b'a\\n')"
+    code, out, errors = together(first, "import sys; print('b'); print('c\\nd', file=sys.stderr)")
     assert code == 0
     assert sorted(out.splitlines()) == ["[1] b", "a"]
     assert errors == "[1] c\n[1] d\n"
