@@ -14,7 +14,7 @@ EXTRAS := dev$(if $(PARITY),$(comma)parity)
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: help venv quickstart test test-all lint format clean
+.PHONY: help venv quickstart test test-all test-aot lint format clean
 
 help:  ## show this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,10 +29,14 @@ quickstart: $(VENV)/.core  ## train a tiny DeepSeek-V3 on real text, evaluate it
 	$(BIN)/python -m experiments.run tiny.pretrain --workdir $(QUICKSTART) --virtual_devices $(DEVICES)
 
 test: $(VENV)/.test$(PARITY)  ## the tests that end in minutes; PARITY=1 adds those against PyTorch
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow and not aot" $(ARGS)
 
 test-all: $(VENV)/.test$(PARITY)  ## every test
 	$(PYTEST) $(ARGS)
+
+# On the CPU platform: nothing looks for a GPU.
+test-aot: $(VENV)/.cuda  ## the kernels, compiled for Hopper without a GPU; installs jax's CUDA wheels (GBs)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m aot $(ARGS)
 
 lint: $(VENV)/.test$(PARITY)  ## ruff's checks and format, and types
 	$(BIN)/ruff check .
@@ -56,6 +60,10 @@ $(VENV)/.core: setup.py constraints.txt
 $(VENV)/.test$(PARITY): setup.py constraints.txt
 	$(call install,.[$(EXTRAS)])
 	@touch $(VENV)/.core $@
+
+$(VENV)/.cuda: setup.py constraints.txt
+	$(call install,.[dev$(comma)cuda])
+	@touch $(VENV)/.core $(VENV)/.test $@
 
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

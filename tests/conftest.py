@@ -20,13 +20,15 @@ hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips the tests that compare with PyTorch, with a reason, where it is not installed."""
+    """Skips the tests that need packages which are not installed, and says which."""
     absent = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    if absent:
-        skip = pytest.mark.skip(reason=f"needs {' and '.join(absent)}: make test PARITY=1")
-        for item in items:
-            if item.get_closest_marker("torch"):
-                item.add_marker(skip)
+    skips = {"torch": f"needs {' and '.join(absent)}: make test PARITY=1"} if absent else {}
+    if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        skips["aot"] = "needs jax's CUDA wheels (no GPU): make test-aot"
+    for item in items:
+        for name, reason in skips.items():
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,7 +1,5 @@
 """The Hopper kernel as the compiler makes it for sm_90a without a GPU, what is read of it and predicted from it."""
 
-import importlib.util
-
 import jax.numpy as jnp
 import pytest
 
@@ -10,13 +8,8 @@ from tools.kernels_aot import ROWS, SMS, WEIGHTS, CompiledKernel, compile_matmul
 
 BF16, F32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 
-needs_cuda = pytest.mark.skipif(
-    all(importlib.util.find_spec(name) is None for name in ("jax_cuda13_plugin", "jax_cuda12_plugin")),
-    reason="compiling for GPUs needs jax's CUDA wheels (no GPU): install the extra [cuda]",
-)
 
-
-@needs_cuda
+@pytest.mark.aot
 @pytest.mark.parametrize(
     ("config", "out_dtype"),
     [
@@ -38,7 +31,7 @@ def test_tensor_cores_and_tma_are_used_and_nothing_is_spilled(config, out_dtype)
     assert kernel.blocks_per_sm == 1
 
 
-@needs_cuda
+@pytest.mark.aot
 def test_a_weight_is_copied_only_where_its_codes_lie_the_other_way():
     """Dgrad reads w as it is stored; Fprop transposes it, unless it is given a transposed copy."""
     config = MatmulConfig(128, 64, stages=4)
@@ -46,7 +39,7 @@ def test_a_weight_is_copied_only_where_its_codes_lie_the_other_way():
     assert compile_matmul(128, 320, 512, BF16, config, k_major=False).code_copies == 1
 
 
-@needs_cuda
+@pytest.mark.aot
 def test_only_what_the_layout_cannot_have_is_padded():
     """Codes of a and b, to 8 rows and to whole steps along K; tiles that end beyond an array need nothing."""
     assert compile_matmul(1, 1, 7, F32, MatmulConfig(128, 16, stages=2)).code_copies == 2

@@ -1,7 +1,5 @@
 """The Hopper kernels of `quantize` as the compiler makes them for sm_90a without a GPU, and what is read of them."""
 
-import importlib.util
-
 import jax.numpy as jnp
 import pytest
 
@@ -9,13 +7,8 @@ from tools.kernels_aot_quantize import KERNELS, bytes_moved, compile_quantizer, 
 
 BF16, F32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 
-needs_cuda = pytest.mark.skipif(
-    all(importlib.util.find_spec(name) is None for name in ("jax_cuda13_plugin", "jax_cuda12_plugin")),
-    reason="compiling for GPUs needs jax's CUDA wheels (no GPU): install the extra [cuda]",
-)
 
-
-@needs_cuda
+@pytest.mark.aot
 @pytest.mark.parametrize("dtype", [BF16, F32])
 @pytest.mark.parametrize(
     ("name", "shape", "threads", "stores", "writes", "copies"),
@@ -42,7 +35,7 @@ def test_x_is_read_once_by_tma_and_everything_is_wide_and_rounded(name, shape, t
     assert kernel.blocks_per_sm * kernel.threads >= 256
 
 
-@needs_cuda
+@pytest.mark.aot
 def test_only_sizes_that_tma_cannot_have_are_padded():
     """x is padded, and codes and scales are cut off; tiles that end beyond an array need nothing."""
     assert compile_quantizer("128×1", (1000, 2112), BF16).copies == 0
