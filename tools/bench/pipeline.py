@@ -12,7 +12,7 @@ of each is traced; the trace says how often each matrix product ran, so that pro
 says that it must hold.
 **bubble**: by simulation, against the published formulas.
 
-Each measurement runs in a process of its own.
+Each measurement runs in a process of its own; those of work take turns.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import datetime
 import importlib.metadata
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -36,7 +35,7 @@ from experiments.run import prepare_environment, prepare_for_stages
 from tools.bench.common import machine
 from tools.bench.pipeline_cases import lowered, make_trainer, model_of
 from tools.bench.pipeline_memory import measure_memory
-from tools.bench.pipeline_work import measure_work, shared
+from tools.bench.pipeline_work import Case, measure_work, take_steps
 
 RESULT = Path(__file__).parent / "results"
 PARTS = ("work", "compile", "memory", "bubble")
@@ -63,8 +62,11 @@ def main(argv):
     """Measures one case, or all of the parts in processes of their own, and prints the tables."""
     del argv
     if _MEASURE.value:
-        name, *arguments = _MEASURE.value.split(":")
-        print(json.dumps(MEASURES[name](*arguments)))
+        name, rest = _MEASURE.value.split(":", 1)
+        if name == "work":
+            take_work_steps(rest)
+        else:
+            print(json.dumps(MEASURES[name](*rest.split(":"))))
         return
     for part in _PART.value or PARTS:
         text = REPORTS[part]()
@@ -75,14 +77,17 @@ def main(argv):
 
 def run_alone(case: str) -> Any:
     """One measurement in a fresh process, with the flags of this one."""
-    given = [f"--{flag.name}={value}" for flag in (_OVERLAP, _SCHEDULES) for value in flag.value]
-    given += [
-        f"--{flag.name}={flag.value}" for flag in (_RECOMPUTE, _TOKENS, _TURNS, _TRACES) if flag.value is not None
-    ]
-    command = [sys.executable, "-m", "tools.bench.pipeline", f"--measure={case}", *given]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(_command(case), env=_on_cpus(), check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _command(case: str) -> list[str]:
+    given = [f"--{flag.name}={flag.value}" for flag in (_RECOMPUTE, _TOKENS, _TRACES) if flag.value is not None]
+    return [sys.executable, "-m", "tools.bench.pipeline", f"--measure={case}", *given]
+
+
+def _on_cpus() -> dict[str, str]:
+    return os.environ | {"JAX_PLATFORMS": "cpu"}
 
 
 # --- total work -------------------------------------------------------------------------------------------------------
@@ -103,21 +108,31 @@ def report_work() -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for ranks in _RANKS.value or (2, 4, 8):
-        found = run_alone(f"work:{ranks}")
-        by_name = {one["case"]: one for one in found}
-
-        def times(one: dict, base: dict) -> float:
-            return statistics.median(a / b for a, b in zip(one["processor"], base["processor"], strict=True))
-
-        for one in found:
-            of = by_name[one["base"]]
-            ratio, sharing = times(one, of), times(by_name[shared(one["base"], ranks)], of)
-            kinds = ", ".join(f"{kind} {seconds:.2f}" for kind, seconds in one["seconds"].items())
+        rows = measure_work(
+            ranks,
+            schedules=_SCHEDULES.value or SCHEDULES,
+            overlaps=_OVERLAP.value,
+            turns=_TURNS.value,
+            start=_start_worker,
+        )
+        for row in rows:
+            kinds = ", ".join(f"{kind} {seconds:.2f}" for kind, seconds in row["seconds"].items())
             lines.append(
-                f"| {ranks} | {one['rows']} | {one['case']} | {statistics.median(one['processor']):.2f} | {ratio:.3f} "
-                f"| {ratio / sharing:.3f} | {one['flops'] / 1e9:.1f} | {one['flops'] / of['flops']:.3f} | {kinds} |"
+                f"| {ranks} | {row['rows']} | {row['case']} | {row['processor']:.2f} | {row['times_base']:.3f} "
+                f"| {row['times_shared']:.3f} | {row['flops'] / 1e9:.1f} | {row['times_flops']:.3f} | {kinds} |"
             )
     return "\n".join([*lines, ""])
+
+
+def _start_worker(case: str) -> subprocess.Popen:
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(_command(f"work:{case}"), env=_on_cpus(), **pipes)
+
+
+def take_work_steps(case: str) -> None:
+    """`take_steps` of a case, as the flags have it."""
+    options = {"recompute": _RECOMPUTE.value, "tokens": _TOKENS.value, "traces": _TRACES.value}
+    take_steps(Case(**json.loads(case)), **options)
 
 
 # --- compile time and program size ------------------------------------------------------------------------------------
@@ -256,20 +271,7 @@ def heading(title: str, part: str) -> list[str]:
     ]
 
 
-def work_case(ranks: str) -> list[dict]:
-    """`measure_work` as the flags have it."""
-    return measure_work(
-        int(ranks),
-        schedules=_SCHEDULES.value or SCHEDULES,
-        overlaps=_OVERLAP.value,
-        recompute=_RECOMPUTE.value,
-        tokens=_TOKENS.value,
-        turns=_TURNS.value,
-        traces=_TRACES.value,
-    )
-
-
-MEASURES: dict[str, Callable] = {"work": work_case, "compile": measure_compile, "memory": measure_memory}
+MEASURES: dict[str, Callable] = {"compile": measure_compile, "memory": measure_memory}
 REPORTS: dict[str, Callable[[], str]] = {
     "work": report_work,
     "compile": report_compile,

@@ -1,18 +1,45 @@
-"""Measures the total work of a step under each schedule, for `tools.bench.pipeline`."""
+"""Measures the total work of a step under each schedule, for `tools.bench.pipeline`.
+
+Every case is a compiled step in a process of its own, and the processes take turns. In one process they would leave
+holes of different sizes in one heap, which then grows from step to step; that the kernel clears new pages would count
+as the schedule's work, and takes longer than what sets schedules apart.
+"""
 
 from __future__ import annotations
 
-import functools
+import dataclasses
+import json
 import os
 import re
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from experiments.run import prepare_environment, prepare_for_stages
 from tools.bench.pipeline_cases import lowered, make_trainer, model_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A step that is measured, in a process of its own."""
+
+    name: str
+    ranks: int
+    stages: int
+    data: int = 1
+    pipe: int = 1
+    schedule: str = "dualpipe"
+    overlap: str = "off"
+
+    @property
+    def rows(self) -> int:
+        """Microbatches of a step: enough for every schedule."""
+        return max(8, 2 * self.ranks)
 
 
 def measure_work(
@@ -20,58 +47,102 @@ def measure_work(
     *,
     schedules: Sequence[str],
     overlaps: Sequence[str],
-    recompute: str,
-    tokens: int,
     turns: int,
-    traces: str | None = None,
+    start: Callable[[str], subprocess.Popen],
 ) -> list[dict]:
-    """Per schedule, and per sequential baseline, processor and wall seconds of each turn, and what a trace counted.
+    """A row for each case: processor seconds of a step, as many times those of its baselines, and what a trace counted.
+
+    In a turn the sequential step, that on data ranks and the case take one step each; times are medians over turns.
 
     Args:
       ranks: of the pipeline.
       schedules: their names.
       overlaps: how steady ticks are run; each schedule is run in each of these ways.
-      recompute: what is computed again.
-      tokens: of a microbatch.
-      turns: timed steps of each, in turn, after one that is not.
-      traces: a folder for traces and compiled programs; none keeps none.
+      turns: timed ones of each case, after one that is not.
+      start: starts the process of a case (`Case` as JSON), which runs `take_steps`, with pipes to it and from it.
     """
-    prepare_environment(os.environ, virtual_devices=ranks)
-    prepare_for_stages(os.environ, virtual_devices=ranks)
     from deepseek_jax.parallel.pipeline.generators import GENERATORS
 
-    rows = microbatches_of(ranks)
-    cases: dict[str, tuple[str, Callable]] = {}
+    groups: dict[int, list[Case]] = {}
     for schedule in schedules:
-        stages = GENERATORS[schedule](ranks, rows).stages.stages
-        base = f"sequential, {stages} stages" if stages == 16 else "sequential"
-        make = functools.partial(make_trainer, model_of(stages), recompute=recompute)
-        cases.setdefault(base, (base, make))
-        cases.setdefault(shared(base, ranks), (base, functools.partial(make, data=ranks)))
+        stages = GENERATORS[schedule](ranks, Case("", ranks, 0).rows).stages.stages
         for overlap in overlaps:
-            pipelined = functools.partial(make, pipe=ranks, schedule=schedule, overlap=overlap)
-            cases[f"{schedule}, {overlap}"] = base, pipelined
-    runs = {case: Run(case, make(), rows, tokens) for case, (_, make) in cases.items()}
+            case = Case(f"{schedule}, {overlap}", ranks, stages, pipe=ranks, schedule=schedule, overlap=overlap)
+            groups.setdefault(stages, []).append(case)
+    return [row for stages, cases in groups.items() for row in _measure_group(ranks, stages, cases, turns, start)]
+
+
+def _measure_group(ranks: int, stages: int, cases: Sequence[Case], turns: int, start) -> list[dict]:
+    """The rows of cases that have the same model, and before them those of its baselines."""
+    name = f"sequential, {stages} stages" if stages == 16 else "sequential"
+    base, shared = Case(name, ranks, stages), Case(f"{name} on {ranks} data ranks", ranks, stages, data=ranks)
+    with Worker(base, start) as alone, Worker(shared, start) as sharing:
+        rows, seen = [], []
+        for case in cases:
+            with Worker(case, start) as worker:
+                taken = [(alone.step(), sharing.step(), worker.step()) for _ in range(1 + turns)][1:]
+                rows.append(_row(case, [turn[2] for turn in taken], taken) | worker.traced())
+            seen += taken
+        first = _row(base, [turn[0] for turn in seen], seen) | alone.traced()
+        second = _row(shared, [turn[1] for turn in seen], seen) | sharing.traced()
+    return [row | {"times_flops": row["flops"] / first["flops"]} for row in (first, second, *rows)]
+
+
+def _row(case: Case, own: Sequence[float], turns: Sequence[tuple[float, ...]]) -> dict:
+    """`own` are the seconds of the case's steps, and each turn begins with those of the two baselines."""
+    times = [statistics.median(one / turn[i] for one, turn in zip(own, turns, strict=True)) for i in (0, 1)]
+    of = {"case": case.name, "ranks": case.ranks, "rows": case.rows}
+    return of | {"processor": statistics.median(own), "times_base": times[0], "times_shared": times[1]}
+
+
+class Worker:
+    """A process that takes a case's steps when it is told to."""
+
+    def __init__(self, case: Case, start: Callable[[str], subprocess.Popen]):
+        self._process = start(json.dumps(dataclasses.asdict(case)))
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def step(self) -> float:
+        """Processor seconds of one step."""
+        return self._ask("step")
+
+    def traced(self) -> dict:
+        """FLOPs and seconds by kind of one step more."""
+        return self._ask("trace")
+
+    def _ask(self, what: str) -> Any:
+        self._process.stdin.write(what + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise ChildProcessError(f"a measured step's process ended with status {self._process.wait()}")
+        return json.loads(line)
+
+
+def take_steps(case: Case, *, recompute: str, tokens: int, traces: str | None) -> None:
+    """Takes one step for each line of standard input and writes, as JSON, its processor seconds, or what a trace says.
+
+    Args:
+      case: what is run.
+      recompute: what is computed again.
+      tokens: of a microbatch.
+      traces: a folder for traces and compiled programs; none keeps none.
+    """
+    prepare_environment(os.environ, virtual_devices=case.ranks)
+    prepare_for_stages(os.environ, virtual_devices=case.ranks)
+    model, how = model_of(case.stages), {"schedule": case.schedule, "overlap": case.overlap}
+    trainer = make_trainer(model, data=case.data, pipe=case.pipe, recompute=recompute, **how)
+    run = Run(case.name, trainer, case.rows, tokens)
     # After compiling, which profits from more.
     share_one_core()
-    for turn in range(1 + turns):
-        for run in runs.values():
-            run.step(timed=turn > 0)
-    return [
-        {"case": case, "base": base, "ranks": ranks, "rows": rows, **runs[case].result(traces)}
-        for case, (base, _) in cases.items()
-    ]
-
-
-def shared(base: str, ranks: int) -> str:
-    """The name of a baseline's work on as many data ranks: what it costs so many devices alone to take turns on a core,
-    and to have each other's numbers in its caches."""
-    return f"{base} on {ranks} data ranks"
-
-
-def microbatches_of(ranks: int) -> int:
-    """How many there are in a step of the measurements: enough for every schedule."""
-    return max(8, 2 * ranks)
+    for line in sys.stdin:
+        print(json.dumps(run.step() if line == "step\n" else run.traced(traces)), flush=True)
 
 
 def share_one_core() -> None:
@@ -105,23 +176,17 @@ class Run:
         self.batch = jax.device_put(batch, NamedSharding(trainer.mesh, BATCH_SPEC))
         scalars = Hyperparameters(*(np.float32(x) for x in (1e-4, 0.3, 0.001)))
         self.hyper = jax.device_put(scalars, NamedSharding(trainer.mesh, jax.P()))
-        self.processor: list[float] = []
-        self.wall: list[float] = []
-        self.loss = 0.0
 
-    def step(self, *, timed: bool) -> None:
-        """One step."""
+    def step(self) -> float:
+        """Processor seconds of one step."""
         import jax
 
-        wall, processor = time.perf_counter(), time.process_time()
-        self.state, metrics = jax.block_until_ready(self.compiled(self.state, self.batch, self.hyper))
-        if timed:
-            self.processor.append(time.process_time() - processor)
-            self.wall.append(time.perf_counter() - wall)
-        self.loss = float(metrics.loss)
+        begin = time.process_time()
+        self.state, _ = jax.block_until_ready(self.compiled(self.state, self.batch, self.hyper))
+        return time.process_time() - begin
 
-    def result(self, traces: str | None) -> dict:
-        """Times, and the FLOPs and kinds of work of one more step, which is traced."""
+    def traced(self, traces: str | None) -> dict:
+        """FLOPs and seconds by kind of work of one more step."""
         import jax
 
         from deepseek_jax.planning.compiled import read_program
@@ -131,8 +196,7 @@ class Run:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(traces) / re.sub(r"\W+", "_", self.case) if traces else Path(scratch)
             with jax.profiler.trace(folder):
-                self.step(timed=False)
+                self.step()
             if traces:
                 (folder / "program.txt").write_text(text)
-            traced = read_trace(folder, read_program(text))
-        return {"processor": self.processor, "wall": self.wall, "loss": self.loss, **traced}
+            return read_trace(folder, read_program(text))
