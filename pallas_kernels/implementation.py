@@ -6,10 +6,11 @@ a name that is not supported is an error that says why, never a silent fallback.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 
 def choose(op: str, implementation: str | None, obstacles: Mapping[str, str | None]) -> str:
@@ -45,6 +46,23 @@ def not_hopper() -> str | None:
     return None
 
 
-def accumulator(*arrays: jax.Array) -> jnp.dtype:
+def one_at_a_time(kernel: Callable[..., Array], name: str) -> Callable[..., Array]:
+    """A kernel of arrays that `vmap` calls once for each element, and whose derivative is an error that says why."""
+
+    @jax.custom_jvp
+    def call(*arrays):
+        return jax.custom_batching.sequential_vmap(kernel)(*arrays)
+
+    @call.defjvp
+    def _(primals, tangents):
+        raise TypeError(
+            f"{name}: the kernel cannot be differentiated; the gradients of quantised operands are products of their "
+            "own (Dgrad, Wgrad), to be called from a custom_vjp"
+        )
+
+    return call
+
+
+def accumulator(*arrays: Array) -> jnp.dtype:
     """The dtype to accumulate in: float32 or wider, so that float64 parity tests stay in float64."""
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)

@@ -3,8 +3,9 @@
 `python -m tools.kernels_aot` needs the extra [cuda] (no GPU, no driver). For each shape: registers, spills, shared
 memory, `wgmma` in E4M3 and TMA loads, read from the PTX and from what ptxas and Mosaic say; the share of an SM's warps
 that are resident; and two floors, for the multiply-adds at the chip's peak and for moving every operand once, and a
-prediction. Nothing runs: the prediction adds up what `block_scaled_matmul/config.py` takes a step to cost, and
-`TILE_CYCLES` for what a tile costs besides. It is a model of the design, not a measurement, and knows nothing of the
+prediction. First Fprop (and Dgrad, the same kernel), then Wgrad, whose results are float32 always. Nothing runs: the
+prediction adds up what `block_scaled_matmul/config.py` takes a step to cost, and `TILE_CYCLES` for what a tile costs
+besides. It is a model of the design, not a measurement, and knows nothing of the
 power limit. Where nvdisasm is not installed Mosaic says so on stderr, which does not matter here.
 """
 
@@ -12,11 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +30,24 @@ from deepseek_jax.config import ConfigError
 from deepseek_jax.parallel.mesh import ParallelConfig
 from deepseek_jax.planning.gpu_target import h200_mesh
 from pallas_kernels.block_scaled_matmul import mosaic_gpu
-from pallas_kernels.block_scaled_matmul.config import BLOCK, MatmulConfig, default_config, rounds, step_cycles
+from pallas_kernels.block_scaled_matmul.config import (
+    BLOCK,
+    MatmulConfig,
+    TileConfig,
+    default_config,
+    rounds,
+    step_cycles,
+)
 from pallas_kernels.quantize import Quantized
+from pallas_kernels.quantize.reference import scale_shape
 
-OUT_DTYPE = flags.DEFINE_enum("out_dtype", "bfloat16", ["bfloat16", "float32"], "dtype of the results")
+OUT_DTYPE = flags.DEFINE_enum("out_dtype", "bfloat16", ["bfloat16", "float32"], "dtype of Fprop's results")
 
 ROWS = (4096, 128, 64)
 WEIGHTS = ((2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))
 """N and K of DeepSeek-V3's linear layers."""
+TOKENS = 4096
+"""What Wgrad sums over."""
 
 SMS = 132
 PEAK_FLOPS = 1979e12
@@ -71,6 +83,10 @@ class CompiledKernel:
     """Arrivals at the barriers of another block of the cluster in the program's text."""
     code_copies: int
     """Copies of operands' FP8 codes, transposed or padded, that XLA makes before the kernel runs."""
+    wgmma_bf16: int = 0
+    """`wgmma` instructions on bfloat16 in the program's text."""
+    serialized: int = 0
+    """How often ptxas says that it makes `wgmma` instructions wait for one another."""
 
     @property
     def blocks_per_sm(self) -> int:
@@ -104,23 +120,35 @@ def compile_matmul(
       ConfigError: jax cannot compile for GPUs here.
       RuntimeError: this process compiled the same kernel before.
     """
-    sharding = on_h200()
-
-    def quantized(rows, columns, high):
-        scales = (-(-rows // high), -(-columns // BLOCK))
-        return Quantized(
-            jax.ShapeDtypeStruct((rows, columns), jnp.float8_e4m3fn, sharding=sharding),
-            jax.ShapeDtypeStruct(scales, jnp.float32, sharding=sharding),
-            (high, BLOCK),
-        )
 
     def product(a, b):
         return mosaic_gpu.block_scaled_matmul(a, b.T if k_major else b, out_dtype, config=config, sms=SMS)
 
-    b = quantized(n, k, BLOCK) if k_major else quantized(k, n, BLOCK)
-    return read_kernel(*compile_kernel(product, quantized(m, k, 1), b))
+    b = quantized_on_h200((n, k) if k_major else (k, n), (BLOCK, BLOCK))
+    return read_kernel(*compile_kernel(product, quantized_on_h200((m, k), (1, BLOCK)), b))
 
 
+def compile_wgrad(tokens: int, n: int, k: int, config: MatmulConfig) -> CompiledKernel:
+    """Compiles `x.T @ dy` of x `[tokens, k]` and dy `[tokens, n]`, float32, for an H200; errors of `compile_matmul`."""
+
+    def product(x, dy):
+        return mosaic_gpu.block_scaled_matmul(x.T, dy, jnp.dtype(jnp.float32), config=config, sms=SMS)
+
+    operands = (quantized_on_h200((tokens, width), (BLOCK, 1)) for width in (k, n))
+    return read_kernel(*compile_kernel(product, *operands))
+
+
+def quantized_on_h200(shape: tuple[int, ...], tile: tuple[int, int]) -> Quantized:
+    """Shapes of E4M3 codes `[..., M, N]` and their scales, on one H200."""
+    sharding = on_h200()
+    return Quantized(
+        jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn, sharding=sharding),
+        jax.ShapeDtypeStruct(scale_shape(shape, tile), jnp.float32, sharding=sharding),
+        tile,
+    )
+
+
+@functools.cache  # Two descriptions would be two devices.
 def on_h200() -> jax.sharding.Sharding:
     """Where arrays lie on one H200 that exists in the description only.
 
@@ -196,6 +224,8 @@ def read_kernel(ptx: str, ptxas: str, launch: str, program: str) -> CompiledKern
         multicast_loads=sum("multicast" in load for load in loads),
         remote_arrivals=len(re.findall(r"mbarrier\.arrive\.shared::cluster", ptx)),
         code_copies=len(re.findall(r"= f8e4m3fn\[\S+ (?:copy|fusion|pad|transpose)\(", entry)),
+        wgmma_bf16=len(re.findall(r"wgmma\.mma_async\S*\.bf16\.bf16", ptx)),
+        serialized=len(re.findall(r"wgmma\S* instructions are serialized", ptxas)),
     )
 
 
@@ -213,46 +243,92 @@ class Prediction:
     """What sets that: "memory", or the longest of `step_cycles`."""
 
 
-def predict(m: int, n: int, k: int, out_dtype: jnp.dtype, config: MatmulConfig) -> Prediction:
-    """The floors of a product, and the time of the kernel by the assumptions named at the top of this module."""
-    depth = -(-k // BLOCK)
-    moved = (m + n) * k + 4 * depth * (m + -(-n // BLOCK)) + m * n * jnp.dtype(out_dtype).itemsize
+def predict(flops: float, peak: float, moved: float, tiles: int, steps: float, step: dict[str, float]) -> Prediction:
+    """The floors of a product, and the time of the kernel by the assumptions named at the top of this module.
+
+    Args:
+      flops: Of the product.
+      peak: FLOPs per second of the chip, in the operands' dtype.
+      moved: Bytes of operands and result.
+      tiles: How many the busiest SM makes.
+      steps: How many steps along K a tile takes.
+      step: Cycles of a step, by what could take that long.
+    """
     memory = moved / MEMORY_BANDWIDTH
-    step = step_cycles(config, m)
     bound = max(step, key=step.__getitem__)
-    kernel = rounds(config, m, n, SMS) * (depth * step[bound] + TILE_CYCLES) / CLOCK
+    kernel = tiles * (steps * step[bound] + TILE_CYCLES) / CLOCK
     if kernel < memory:
         kernel, bound = memory, "memory"
-    return Prediction(2 * m * n * k / PEAK_FLOPS, memory, kernel, bound)
+    return Prediction(flops / peak, memory, kernel, bound)
+
+
+def predict_matmul(m: int, n: int, k: int, out_dtype: jnp.dtype, config: MatmulConfig) -> Prediction:
+    """The same for a block-scaled product `[m, k]` by `[k, n]`."""
+    depth, columns = -(-k // BLOCK), n if config.column_scales else -(-n // BLOCK)
+    moved = (m + n) * k + 4 * depth * (m + columns) + m * n * jnp.dtype(out_dtype).itemsize
+    tiles = rounds(config, m, n, SMS)
+    return predict(2 * m * n * k, PEAK_FLOPS, moved, tiles, depth, step_cycles(config, m))
+
+
+HEAD = (
+    "tile, stages, cluster",
+    "registers × threads",
+    "spilled",
+    "shared memory",
+    "blocks per SM, warps",
+    "wgmma, TMA loads (multicast)",
+    "codes copied",
+    "arithmetic floor",
+    "memory floor",
+    "predicted",
+    "bound by",
+)
+"""The columns of a table that follow those which say what is multiplied."""
+
+
+def cells(config: TileConfig, kernel: CompiledKernel, times: Prediction, flops: float) -> tuple[str, ...]:
+    """A row's cells under `HEAD`."""
+    return (
+        f"{config.tile_m}×{config.tile_n}, {config.stages}, {config.cluster}",
+        f"{kernel.registers} × {kernel.threads}",
+        f"{kernel.spilled_bytes} B",
+        f"{kernel.shared_bytes / 1024:.0f} KB",
+        f"{kernel.blocks_per_sm}, {kernel.occupancy:.0%}",
+        f"{kernel.wgmma_e4m3 + kernel.wgmma_bf16}, {kernel.tma_loads} ({kernel.multicast_loads})",
+        str(kernel.code_copies),
+        f"{times.arithmetic * 1e6:.1f} µs",
+        f"{times.memory * 1e6:.1f} µs",
+        f"{times.kernel * 1e6:.1f} µs, {flops / times.kernel / 1e12:.0f} TFLOP/s",
+        times.bound,
+    )
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """The lines of a table."""
+    return ["| " + " | ".join(map(str, line)) + " |" for line in (head, ["---"] * len(head), *rows)]
 
 
 def table(out_dtype: jnp.dtype, rows: Sequence[int] = ROWS, weights: Sequence[tuple[int, int]] = WEIGHTS) -> list[str]:
-    """The lines of a Markdown table, one for each shape."""
-    lines = [
-        "| M | N×K | tile, stages, cluster | registers × threads | spilled | shared memory | blocks per SM, warps | "
-        "wgmma, TMA loads (multicast) | arithmetic floor | memory floor | predicted | bound by |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for m in rows:
-        for n, k in weights:
-            config = default_config(m, n, out_dtype, SMS)
-            kernel, times = compile_matmul(m, n, k, out_dtype, config), predict(m, n, k, out_dtype, config)
-            cells = (
-                m,
-                f"{n}×{k}",
-                f"{config.tile_m}×{config.tile_n}, {config.stages}, {config.cluster}",
-                f"{kernel.registers} × {kernel.threads}",
-                f"{kernel.spilled_bytes} B",
-                f"{kernel.shared_bytes / 1024:.0f} KB",
-                f"{kernel.blocks_per_sm}, {kernel.occupancy:.0%}",
-                f"{kernel.wgmma_e4m3}, {kernel.tma_loads} ({kernel.multicast_loads})",
-                f"{times.arithmetic * 1e6:.1f} µs",
-                f"{times.memory * 1e6:.1f} µs",
-                f"{times.kernel * 1e6:.1f} µs, {2 * m * n * k / times.kernel / 1e12:.0f} TFLOP/s",
-                times.bound,
-            )
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return lines
+    """The lines of the table of Fprop, one for each shape."""
+
+    def row(m, n, k):
+        config = default_config(m, n, out_dtype, SMS)
+        kernel, times = compile_matmul(m, n, k, out_dtype, config), predict_matmul(m, n, k, out_dtype, config)
+        return m, f"{n}×{k}", *cells(config, kernel, times, 2 * m * n * k)
+
+    return markdown(("M", "N×K", *HEAD), (row(m, n, k) for m in rows for n, k in weights))
+
+
+def wgrad_table(weights: Sequence[tuple[int, int]] = WEIGHTS) -> list[str]:
+    """The lines of the table of Wgrad, one for each shape."""
+    float32 = jnp.dtype(jnp.float32)
+
+    def row(n, k):
+        config = default_config(k, n, float32, SMS, b_tile=(BLOCK, 1))
+        times = predict_matmul(k, n, TOKENS, float32, config)
+        return TOKENS, f"{n}×{k}", *cells(config, compile_wgrad(TOKENS, n, k, config), times, 2 * TOKENS * n * k)
+
+    return markdown(("tokens", "N×K", *HEAD), (row(n, k) for n, k in weights))
 
 
 def report(argv: Sequence[str], usage: str, kernels: str, make: Callable[[], list[str]]) -> int:
@@ -271,10 +347,11 @@ def report(argv: Sequence[str], usage: str, kernels: str, make: Callable[[], lis
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints the table of matmuls; the exit code."""
-    kernels = f"`block_scaled_matmul`, {OUT_DTYPE.value} results"
+    """Prints the tables of matmuls; the exit code."""
     usage = "tools.kernels_aot [--out_dtype=float32]"
-    return report(argv, usage, kernels, lambda: table(jnp.dtype(OUT_DTYPE.value)))
+    kernels = f"`block_scaled_matmul`, {OUT_DTYPE.value} results"
+    code = report(argv, usage, kernels, lambda: table(jnp.dtype(OUT_DTYPE.value)))
+    return code or report(argv, usage, "\n`block_scaled_matmul`, Wgrad", wgrad_table)
 
 
 if __name__ == "__main__":

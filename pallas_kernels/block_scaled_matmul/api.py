@@ -5,6 +5,8 @@ For a layer `y = x @ w` with x `[T, K]` and w `[K, N]`:
 - Fprop, `y = block_scaled_matmul(x, w)`: x in 1×128 tiles, w in 128×128 blocks.
 - Dgrad, `dx = block_scaled_matmul(dy, w.T)`: dy in 1×128 tiles, the same w.
 - Wgrad, `dw = block_scaled_matmul(x.T, dy)`: x and dy in 128×1 tiles, so that tokens share a scale.
+
+These are the gradients; none of the implementations promises a derivative of its own, and "mosaic_gpu" refuses one.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ def block_scaled_matmul(
       out_dtype: bfloat16 or float32.
       implementation: "reference" (one product per 128 of K: the meaning), "dequantize" (portable: one float32 product
         of the dequantised matrices), "14_bits" (for study: what `matmul_14_bits` makes of them without promotion),
-        "mosaic_gpu" (the kernel for Hopper, for Fprop and Dgrad in E4M3), or None for the best that is supported here,
-        among which "mosaic_gpu" will be once it has run on a GPU.
+        "mosaic_gpu" (the kernel for Hopper, for all three products in E4M3), or None for the best that is supported
+        here, among which "mosaic_gpu" will be once it has run on a GPU.
 
     Returns:
       `[M, N]` of `out_dtype`.

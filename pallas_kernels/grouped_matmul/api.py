@@ -19,14 +19,14 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from pallas_kernels.block_scaled_matmul.api import check_operands, check_out_dtype, check_tile
-from pallas_kernels.grouped_matmul import blocked, reference, vjp
+from pallas_kernels.grouped_matmul import blocked, mosaic_gpu, reference, vjp
 from pallas_kernels.implementation import choose
 from pallas_kernels.quantize import Quantized
 
 _ROW_TILES = ((1, 128), (128, 128), None)
 _MATRIX_TILES = ((128, 128), None)
 _COLUMN_TILES = ((128, 1), (128, 128), None)
-_OBSTACLES = {"blocked": None, "reference": None}
+_BLOCKED = vjp.Products(blocked.rows_by_matrices, blocked.rows_by_rows)
 
 
 def grouped_matmul(
@@ -47,8 +47,9 @@ def grouped_matmul(
       group_sizes: Rows of each group, `[G]` int32; the groups, each rounded up to `alignment`, must fit in M.
       alignment: Groups start at multiples of this many rows; 1 means that they are contiguous.
       out_dtype: None for x's dtype, or for bfloat16 where x is Quantized (else it is that or float32).
-      implementation: "reference" (dense in G: an oracle for small sizes), "blocked" (portable), or None for the best
-        that is supported here.
+      implementation: "reference" (dense in G: an oracle for small sizes), "blocked" (portable), "mosaic_gpu" (kernels
+        for Hopper: arrays of bfloat16, or E4M3 in tiles of 1×128 and 128×128), or None for the best that is supported
+        here, among which "mosaic_gpu" will be once it has run on a GPU.
 
     Returns:
       `[M, N]` of `out_dtype`, accumulated in float32 or wider; zero in padding rows. An empty group's matrix gets an
@@ -63,10 +64,14 @@ def grouped_matmul(
     _require_shapes(fits, "grouped_matmul", "x [M, K], w [G, K, N]", x, w, group_sizes)
     _check("grouped_matmul", {"x": (x, _ROW_TILES), "w": (w, _MATRIX_TILES)}, alignment)
     dtype = _out_dtype("grouped_matmul", x, out_dtype)
-    if choose("grouped_matmul", implementation, _OBSTACLES) == "reference":
+    name = _choose("grouped_matmul", implementation, x, w, dtype)
+    if name == "reference":
         return reference.rows_by_matrices(x, w, group_sizes, alignment, dtype)
+    if name == "mosaic_gpu" and isinstance(x, Quantized):
+        return mosaic_gpu.rows_by_matrices(x, w, group_sizes, alignment, dtype)
     rows, matrices = _arrays(x, w)
-    return vjp.grouped_matmul(rows, matrices, group_sizes, alignment, dtype)
+    products = mosaic_gpu.products() if name == "mosaic_gpu" else _BLOCKED
+    return vjp.grouped_matmul(rows, matrices, group_sizes, alignment, dtype, products)
 
 
 def grouped_matmul_dx(
@@ -86,8 +91,11 @@ def grouped_matmul_dx(
     _require_shapes(fits, "grouped_matmul_dx", "dy [M, N], w [G, K, N]", dy, w, group_sizes)
     _check("grouped_matmul_dx", {"dy": (dy, _ROW_TILES), "w": (w, _MATRIX_TILES)}, alignment)
     dtype = _out_dtype("grouped_matmul_dx", dy, out_dtype)
-    if choose("grouped_matmul_dx", implementation, _OBSTACLES) == "reference":
+    name = _choose("grouped_matmul_dx", implementation, dy, w, dtype)
+    if name == "reference":
         return reference.rows_by_matrices(dy, w, group_sizes, alignment, dtype, contract=2)
+    if name == "mosaic_gpu":
+        return mosaic_gpu.rows_by_matrices(dy, w, group_sizes, alignment, dtype, contract=2)
     rows, matrices = _arrays(dy, w)
     return blocked.rows_by_matrices(rows, matrices, group_sizes, alignment, dtype, contract=2)
 
@@ -118,8 +126,11 @@ def grouped_matmul_dw(
                 f"grouped_matmul_dw: tiles of {q.tile[0]} rows could straddle groups that start at multiples of "
                 f"{alignment}; start them at multiples of {q.tile[0]} and say so by `alignment`"
             )
-    if choose("grouped_matmul_dw", implementation, _OBSTACLES) == "reference":
+    name = _choose("grouped_matmul_dw", implementation, x, dy, jnp.dtype(jnp.float32))
+    if name == "reference":
         return reference.rows_by_rows(x, dy, group_sizes, alignment)
+    if name == "mosaic_gpu":
+        return mosaic_gpu.rows_by_rows(x, dy, group_sizes, alignment)
     inputs, gradients = _arrays(x, dy)
     return blocked.rows_by_rows(inputs, gradients, group_sizes, alignment)
 
@@ -138,6 +149,11 @@ def _check(op, operands, alignment):
         check_operands(op, *(operand for operand, _ in operands.values()))
         for name, (operand, tiles) in operands.items():
             check_tile(op, name, operand, tiles)
+
+
+def _choose(op, implementation, x, other, out_dtype):
+    obstacles = {"blocked": None, "reference": None, "mosaic_gpu": mosaic_gpu.supported(x, other, out_dtype)}
+    return choose(op, implementation, obstacles)
 
 
 def _arrays(*operands):

@@ -70,11 +70,15 @@ def rows_by_matrices(
     return lax.scan(group, out, (group_starts(group_sizes, alignment), group_sizes, w))[0]
 
 
-def rows_by_rows(x: Array, dy: Array, group_sizes: Array, alignment: int) -> Array:
-    """Every group's rows of x `[M, K]`, transposed, times its rows of dy `[M, N]`: `[G, K, N]` float32 or wider."""
+def rows_by_rows(x: Array, dy: Array, group_sizes: Array, alignment: int, out_dtype: jnp.dtype | None = None) -> Array:
+    """Every group's rows of x `[M, K]`, transposed, times its rows of dy `[M, N]`: `[G, K, N]`.
+
+    It is of `out_dtype`; None for what sums are of, float32 or wider.
+    """
     acc = accumulator(x, dy)
+    out_dtype = acc if out_dtype is None else out_dtype
     if x.shape[0] == 0:
-        return jnp.zeros_like(x, acc, (group_sizes.shape[0], x.shape[1], dy.shape[1]))
+        return jnp.zeros_like(x, out_dtype, (group_sizes.shape[0], x.shape[1], dy.shape[1]))
     tile = tile_rows(x.shape[0], group_sizes.shape[0])
     quarter = quarter_rows(tile)
 
@@ -94,7 +98,7 @@ def rows_by_rows(x: Array, dy: Array, group_sizes: Array, alignment: int) -> Arr
         nothing = functools.partial(jnp.zeros_like, x, acc, (x.shape[1], dy.shape[1]))
         lengths = [min(count * quarter, tile) for count in range(1, _QUARTERS + 1)]
         rest = lax.switch(quarters, [nothing, *(functools.partial(product, length, whole) for length in lengths)])
-        return None, lax.fori_loop(0, whole, lambda t, dw: dw + product(tile, t), rest)
+        return None, lax.fori_loop(0, whole, lambda t, dw: dw + product(tile, t), rest).astype(out_dtype)
 
     return lax.scan(group, None, (group_starts(group_sizes, alignment), group_sizes))[1]
 

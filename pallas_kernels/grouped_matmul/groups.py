@@ -29,6 +29,26 @@ def rows_of_groups(group_sizes: Array, rows: int, alignment: int) -> Array:
     return (row >= start) & (row < start + group_sizes[:, None])
 
 
+def tile_visits(group_sizes: Array, alignment: int, rows: int, tile: int) -> tuple[Array, Array]:
+    """Which groups have rows in which tile of `tile` rows, as kernels read it.
+
+    Returns:
+      `[⌈M / tile⌉, 2]` int32: from and up to which of the groups that have rows, counted without the empty ones; and
+      `[G, 3]` int32: of each of these its index, its first row and its end. After the last of them come groups that
+      no tile has.
+    """
+    starts = group_starts(group_sizes, alignment)
+    filled = group_sizes > 0
+    # The i-th group that has rows is the one before which, itself included, i + 1 have; without a sort, in one pass.
+    upto, index = jnp.cumsum(filled), jnp.arange(group_sizes.shape[0])
+    order = jnp.minimum((upto[None, :] <= index[:, None]).sum(1), group_sizes.shape[0] - 1)
+    first_row = (jnp.arange(-(-rows // tile)) * tile)[:, None]
+    before = (filled & (starts + group_sizes <= first_row)).sum(1)
+    begun = (filled & (starts < first_row + tile)).sum(1)
+    groups = jnp.stack([order, starts[order], (starts + group_sizes)[order]], 1)
+    return jnp.stack([before, begun], 1).astype(jnp.int32), groups.astype(jnp.int32)
+
+
 def check_group_sizes(group_sizes: ArrayLike, rows: int, alignment: int = 1) -> None:
     """Checks on the host, for values that are known there, what the matmuls take on trust.
 

@@ -4,7 +4,17 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.block_scaled_matmul.config import BARRIERS, MatmulConfig, default_config
-from tools.kernels_aot import ROWS, SMS, WEIGHTS, CompiledKernel, compile_matmul, predict, read_kernel
+from tools.kernels_aot import (
+    ROWS,
+    SMS,
+    TOKENS,
+    WEIGHTS,
+    CompiledKernel,
+    compile_matmul,
+    compile_wgrad,
+    predict_matmul,
+    read_kernel,
+)
 
 BF16, F32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 
@@ -21,14 +31,31 @@ BF16, F32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 )
 def test_tensor_cores_and_tma_are_used_and_nothing_is_spilled(config, out_dtype):
     kernel = compile_matmul(4096, 4096, 7168, out_dtype, config)
-    assert kernel.spilled_bytes == 0
+    assert (kernel.spilled_bytes, kernel.serialized) == (0, 0)
     assert kernel.wgmma_e4m3 == 4 * config.steps_at_once
     assert kernel.tma_loads == 4
     assert kernel.multicast_loads == config.cluster - 1
-    assert kernel.remote_arrivals == (config.steps_at_once if config.cluster == 2 else 0)
+    # When a step is done, and for every stage before the first.
+    assert kernel.remote_arrivals == (config.steps_at_once + config.stages if config.cluster == 2 else 0)
     assert kernel.threads == 128 * (config.consumers + 1)
     assert 0 <= config.shared_memory(out_dtype) - kernel.shared_bytes < BARRIERS
     assert kernel.blocks_per_sm == 1
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    "config",
+    [
+        MatmulConfig(128, 128, stages=4, b_tile=(128, 1)),
+        MatmulConfig(192, 64, stages=5, cluster=2, b_tile=(128, 1)),
+        MatmulConfig(128, 16, stages=8, b_tile=(128, 1)),
+    ],
+)
+def test_wgrad_spills_nothing_and_has_both_operands_transposed(config):
+    kernel = compile_wgrad(TOKENS, 4096, 7168, config)
+    assert (kernel.spilled_bytes, kernel.serialized, kernel.code_copies, kernel.tma_loads) == (0, 0, 2, 4)
+    assert kernel.wgmma_e4m3 == 4 * config.steps_at_once
+    assert 0 <= config.shared_memory(F32) - kernel.shared_bytes < BARRIERS
 
 
 @pytest.mark.aot
@@ -57,7 +84,8 @@ mbarrier.arrive.release.cta.shared::cta.b64 %rd6, [%r8], 1;
 { .reg .pred p; wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {%f1}, %rd4, %rd5, p, 1, 1; }
 { .reg .pred p; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%f1}, %rd4, %rd5, p, 1, 1, 0, 0; }
 """
-PTXAS = """ptxas info    : Function properties for kernel
+PTXAS = """ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to a wait
+ptxas info    : Function properties for kernel
     8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
 ptxas info    : Used 168 registers, used 16 barriers, 1 bytes smem
 """
@@ -85,6 +113,8 @@ def test_what_is_read_of_the_compilers_output():
         multicast_loads=1,
         remote_arrivals=1,
         code_copies=1,
+        wgmma_bf16=1,
+        serialized=1,
     )
     with pytest.raises(ValueError, match="the compiler's output has no"):
         read_kernel(PTX, "ptxas info: nothing", LAUNCH, PROGRAM)
@@ -98,11 +128,11 @@ def test_blocks_per_sm_are_what_shared_memory_registers_and_threads_allow():
 
 
 def test_floors_by_hand_and_no_prediction_below_them():
-    times = predict(4096, 7168, 16384, BF16, MatmulConfig())
+    times = predict_matmul(4096, 7168, 16384, BF16, MatmulConfig())
     assert times.arithmetic == pytest.approx(2 * 4096 * 7168 * 16384 / 1979e12)
     moved = 4096 * 16384 + 7168 * 16384 + 4 * 128 * (4096 + 56) + 2 * 4096 * 7168
     assert times.memory == pytest.approx(moved / 4.8e12)
     for m in ROWS:
         for n, k in WEIGHTS:
-            times = predict(m, n, k, BF16, default_config(m, n, BF16, SMS))
+            times = predict_matmul(m, n, k, BF16, default_config(m, n, BF16, SMS))
             assert times.kernel >= max(times.arithmetic, times.memory)

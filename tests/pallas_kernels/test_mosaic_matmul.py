@@ -10,10 +10,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import mosaic_interpreter
 import numpy as np
 import pytest
 
-from pallas_kernels.block_scaled_matmul import block_scaled_matmul, mosaic_gpu
+from pallas_kernels.block_scaled_matmul import block_scaled_matmul, mosaic_gpu, pipeline
 from pallas_kernels.block_scaled_matmul.config import SHARED_MEMORY, MatmulConfig, default_config, rounds
 from pallas_kernels.quantize import Quantized, quantize
 
@@ -33,23 +34,8 @@ def operands(m, n, k):
 
 
 def run(a, b, config, sms, out_dtype=jnp.float32, uninitialized="zero"):
-    """The kernel's result, after a check that no access of shared memory raced with another.
-
-    TMA reads zeros beyond the end of an array, as the interpreter is told to; `uninitialized` is also what fresh memory
-    holds.
-    """
-    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-
-    interpreter.reset_gpu_interpret_mode_state()  # A test that failed before may have left some.
-    interpret = InterpretGPUParams(
-        detect_races=True, out_of_bounds_reads="uninitialized", uninitialized_memory=uninitialized
-    )
-    out = mosaic_gpu.block_scaled_matmul(a, b, jnp.dtype(out_dtype), config=config, sms=sms, interpret=interpret)
-    out = np.asarray(out.astype(jnp.float32))
-    jax.effects_barrier()  # The interpreter's callbacks, which note the races.
-    assert not interpreter.get_races().races_found
-    return out
+    options = {"config": config, "sms": sms, "uninitialized": uninitialized}
+    return mosaic_interpreter.run(mosaic_gpu.block_scaled_matmul, a, b, jnp.dtype(out_dtype), **options)
 
 
 def wanted(a, b):
@@ -92,6 +78,20 @@ def test_dgrad_multiplies_by_the_transposed_blocks():
     assert_equal(run(dy, w.T, MatmulConfig(128, 64, stages=2), 2), dy, w.T)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "k", "n", "config"),
+    [
+        # A pair of steps and one more.
+        (260, 70, 40, MatmulConfig(128, 64, stages=4, b_tile=COLUMN)),
+        # Fewer columns than the scales that are read; less than a step.
+        (70, 5, 7, MatmulConfig(192, 16, stages=2, b_tile=COLUMN)),
+    ],
+)
+def test_wgrad_scales_rows_and_columns(tokens, k, n, config):
+    xq, dyq = quantize(normal(0, tokens, k), COLUMN), quantize(normal(1, tokens, n), COLUMN)
+    assert_equal(run(xq.T, dyq, config, 1), xq.T, dyq)
+
+
 def test_nothing_that_was_not_written_is_read():
     """Fresh memory, and what lies beyond an array, is NaN here; only scales beyond the last column may be read."""
     a, b = operands(192, 128, 256)
@@ -127,7 +127,7 @@ def test_empty_products_are_zeros(sizes):
 
 @pytest.mark.parametrize(("m_tiles", "n_tiles", "swath"), [(1, 1, 8), (7, 3, 4), (16, 5, 8), (3, 9, 8)])
 def test_tiles_are_taken_down_the_columns_of_one_swath_of_rows_after_another(m_tiles, n_tiles, swath):
-    at = jax.vmap(lambda i: mosaic_gpu.tile_at(i, m_tiles, n_tiles, swath))
+    at = jax.vmap(lambda i: pipeline.tile_at(i, m_tiles, n_tiles, swath))
     order = list(zip(*map(np.asarray, at(jnp.arange(m_tiles * n_tiles, dtype=jnp.int32))), strict=True))
     assert order == [
         (row, column)
@@ -168,7 +168,9 @@ def test_bad_configs_and_operands_say_what_would_be_valid():
         MatmulConfig(cluster=4)
     with pytest.raises(ValueError, match="stages must be at least 2 and swath at least 1, not 1 and 8"):
         MatmulConfig(stages=1)
-    with pytest.raises(ValueError, match=r"a in tiles of 1×128 and b of 128×128, not \(1, 128\) and \(128, 1\)"):
+    with pytest.raises(ValueError, match=r"a in tiles of 1×128 and b of 128×128 or 128×1, not .* and \(1, 128\)"):
+        run(a, quantize(w, ROW), MatmulConfig(), 1)
+    with pytest.raises(ValueError, match=r"is for b in tiles of \(128, 128\), not \(128, 1\); set its b_tile"):
         run(a, quantize(w, COLUMN), MatmulConfig(), 1)
     with pytest.raises(ValueError, match="codes of float8_e4m3fn, not float8_e5m2 and float8_e4m3fn"):
         run(quantize(x, ROW, dtype=jnp.float8_e5m2), b, MatmulConfig(), 1)
@@ -193,7 +195,8 @@ def test_on_a_hopper_gpu_operands_decide(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [Device()])
     a, b = operands(8, 8, 8)
     assert mosaic_gpu.supported(a, b) is None
-    assert "1×128" in mosaic_gpu.supported(a, Quantized(b.codes, b.codes.astype(jnp.float32)[:1], COLUMN))
+    assert mosaic_gpu.supported(a, Quantized(b.codes, b.codes.astype(jnp.float32)[:1], COLUMN)) is None
+    assert "1×128" in mosaic_gpu.supported(a, Quantized(b.codes, b.codes.astype(jnp.float32)[:, :1], ROW))
     Device.compute_capability = "10.0"
     assert "not 10.0" in mosaic_gpu.supported(a, b)
 
@@ -207,6 +210,21 @@ def test_on_a_gpu_it_is_the_reference_but_for_the_bits_that_tensor_cores_cut_off
     if mosaic_gpu.supported(a, b):
         pytest.skip(mosaic_gpu.supported(a, b))
     config = MatmulConfig(*tile, stages=3, cluster=cluster)
+    got = np.asarray(mosaic_gpu.block_scaled_matmul(a, b, jnp.dtype(jnp.float32), config=config))
+    size = np.abs(np.asarray(a.dequantize())) @ np.abs(np.asarray(b.dequantize()))
+    assert (np.abs(got - wanted(a, b)) <= 2e-3 * size).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [(1000, 1000, 1000), (2112, 64, 4096), (1, 1, 7)])
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("tile", [(192, 64), (128, 128), (128, 16)])
+def test_on_a_gpu_wgrad_is_the_reference_but_for_those_bits(sizes, cluster, tile):
+    m, n, tokens = sizes
+    a, b = quantize(normal(0, tokens, m), COLUMN).T, quantize(normal(1, tokens, n), COLUMN)
+    if mosaic_gpu.supported(a, b):
+        pytest.skip(mosaic_gpu.supported(a, b))
+    config = MatmulConfig(*tile, stages=3, cluster=cluster, b_tile=COLUMN)
     got = np.asarray(mosaic_gpu.block_scaled_matmul(a, b, jnp.dtype(jnp.float32), config=config))
     size = np.abs(np.asarray(a.dequantize())) @ np.abs(np.asarray(b.dequantize()))
     assert (np.abs(got - wanted(a, b)) <= 2e-3 * size).all()
