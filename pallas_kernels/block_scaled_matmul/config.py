@@ -206,7 +206,7 @@ def default_config(
     Among equals the largest tile, without a cluster. Stages are as many as fit, up to `MOST_STAGES`.
     """
     configs = []
-    for cluster in (1, 2)[:sms]:
+    for cluster in (1, 2)[:sms]:  # No more blocks than SMs.
         for tile_m in (192, 128) if m > 128 else (128,):
             for tile_n in (128, 64, 32, 16):
                 if b_tile == (BLOCK, 1) and (tile_m, tile_n) == (192, 128):

@@ -60,7 +60,7 @@ def array_step_cycles(config: ArrayConfig) -> dict[str, float]:
 def default_array_config(m: int, n: int, out_dtype: jnp.dtype, sms: int, groups: Groups) -> ArrayConfig:
     """The config for results `[m, n]` where none was measured: the fewest cycles; among equals the largest tile."""
     configs = []
-    for cluster in (1, 2)[:sms]:
+    for cluster in (1, 2)[:sms]:  # No more blocks than SMs.
         for tile_m in (192, 128) if m > 2 * ROWS else (128,):
             for tile_n in (256, 128, 64) if tile_m == 128 else (128, 64):
                 config = ArrayConfig(tile_m, tile_n, cluster=cluster)
