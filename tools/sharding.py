@@ -21,8 +21,9 @@ import jax
 from deepseek_jax.config_io import override_all
 from deepseek_jax.paths import local_path, write_aside
 from deepseek_jax.planning.collectives import Collective, total_sent
+from deepseek_jax.planning.job import with_device_count
 from deepseek_jax.training.experiment import Experiment
-from deepseek_jax.training.sharding_table import ParameterRow, ShardingTable, sharding_table, with_devices
+from deepseek_jax.training.sharding_table import ParameterRow, ShardingTable, sharding_table
 from experiments.run import find_recipe, is_user_error
 
 _PARTS = {
@@ -44,7 +45,7 @@ def resolve(recipe: str, changes: Iterable[str], devices: int | None) -> Experim
     experiment = override_all(find_recipe(recipe)(), changes)
     if devices is None:
         return experiment
-    return dataclasses.replace(experiment, parallel=with_devices(experiment.parallel, devices))
+    return dataclasses.replace(experiment, parallel=with_device_count(experiment.parallel, devices))
 
 
 def report(table: ShardingTable) -> str:

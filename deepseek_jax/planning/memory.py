@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Literal, NamedTuple
 
@@ -101,6 +102,7 @@ def step_memory(
     )
 
 
+@functools.lru_cache(maxsize=32)
 def _quantised(config: ModelConfig, fp8: Fp8Config | None) -> tuple[int, int]:
     """How many parameters have a copy in FP8, whose gradients are float32; and the bytes of those copies."""
     if fp8 is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Literal
@@ -50,8 +51,11 @@ def active_parameters(config: ModelConfig, *, vocabulary_matrices: Literal[1, 2]
 
 def _sizes(config: ModelConfig, *, mtp: bool) -> Iterator[tuple[str, int]]:
     """The name and the number of elements of every declared parameter and router bias."""
+    return ((name, size) for name, size in _all_sizes(config) if mtp or not name.startswith("mtp."))
+
+
+@functools.lru_cache(maxsize=32)
+def _all_sizes(config: ModelConfig) -> tuple[tuple[str, int], ...]:
     model = Transformer(config)
-    for values in (abstract_values(model), abstract_values(model, RouterBias)):
-        for name, value in flatten(values).items():
-            if mtp or not name.startswith("mtp."):
-                yield name, math.prod(value.shape)
+    arrays = (abstract_values(model), abstract_values(model, RouterBias))
+    return tuple((name, math.prod(value.shape)) for values in arrays for name, value in flatten(values).items())

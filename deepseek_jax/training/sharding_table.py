@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deepseek_jax.config import require
 from deepseek_jax.model.quantized import quantized_names
 from deepseek_jax.model.targets import Microbatch
 from deepseek_jax.model.transformer import Transformer
@@ -99,23 +98,6 @@ class ShardingTable:
     def least_state_bytes(self) -> float:
         """Master copies and moments of one device, were they split evenly over all and no slot empty."""
         return self.state_bytes_per_element * sum(row.elements for row in self.parameters) / self.devices
-
-
-def with_devices(parallel: ParallelConfig, devices: int) -> ParallelConfig:
-    """The layout with as many data replicas as `devices` need.
-
-    Raises:
-      ConfigError: the other axes do not divide them.
-    """
-    others = {axis: getattr(parallel, axis) for axis in AXES if axis != "data"}
-    share = math.prod(others.values())
-    layout = " x ".join(f"{axis} {size}" for axis, size in others.items())
-    require(
-        devices > 0 and devices % share == 0,
-        f"{devices} devices are no multiple of {share}, which {layout} need for one replica: "
-        "take another number of them, or change these axes",
-    )
-    return dataclasses.replace(parallel, data=devices // share)
 
 
 def abstract_mesh(parallel: ParallelConfig) -> AbstractMesh:

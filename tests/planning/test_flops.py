@@ -4,7 +4,7 @@ import pytest
 from small_model import small
 
 from deepseek_jax import zoo
-from deepseek_jax.planning.flops import forward_flops, training_flops, training_flops_per_token
+from deepseek_jax.planning.flops import backward_flops, forward_flops, training_flops, training_flops_per_token
 from deepseek_jax.planning.parameters import active_parameters, count_parameters, total_parameters
 
 V3 = zoo.deepseek_v3()
@@ -30,6 +30,22 @@ def test_modules_of_v3_by_hand():
 def test_training_is_three_forward_passes():
     forward, training = forward_flops(V3, 4096), training_flops(V3, 4096)
     assert training == {name: 3 * value for name, value in forward.items()}
+
+
+def test_backward_passes_are_input_and_weight_gradients():
+    """A matrix takes one product in each; attention has no weights. Together they are twice the forward."""
+    forward, (inputs, weights) = forward_flops(V3, 4096), backward_flops(V3, 4096)
+    assert all(inputs[name] + weights[name] == 2 * forward[name] for name in forward)
+    assert weights["attention"] == 0
+    assert inputs["routed experts"] == weights["routed experts"] == forward["routed experts"]
+
+
+def test_attention_in_full_is_twice_the_causal_one():
+    """The two counts of published utilisation (arXiv 2505.09343): 432 and 385 TFLOP/s are 280 and 250 GFLOP a token."""
+    causal, whole = forward_flops(V3, 4096), forward_flops(V3, 4096, causal=False)
+    assert {name for name in causal if causal[name] != whole[name]} == {"attention"}
+    assert whole["attention"] == 2 * causal["attention"]
+    assert training_flops_per_token(V3, 4096, mtp=False, causal=False) == pytest.approx(280e9, rel=0.005)
 
 
 def test_only_attention_depends_on_the_length():

@@ -210,8 +210,11 @@ def test_the_table_is_written_for_programs(tmp_path, capsys):
     ("argv", "says"),
     [
         (["v3.pretran"], "no recipe v3.pretran. Did you mean v3.pretrain?"),
-        (["v3.pretrain", "--devices", "100"], "100 devices are no multiple of 1024, which pipe 16 x node 8 x expert 8"),
-        (["v3.pretrain", "--devices", "0"], "0 devices are no multiple of 1024"),
+        (
+            ["v3.pretrain", "--devices", "100"],
+            "100 devices are no multiple of 1,024, which pipe 16 x node 8 x expert 8",
+        ),
+        (["v3.pretrain", "--devices", "0"], "0 devices are no multiple of 1,024"),
         (["v3.pretrain", "--set", "parallel.expert=7"], "256 experts cannot be split evenly over 56 devices"),
         (["v3.pretrain", "--set", "parallel.pipe=3"], "dualpipe needs an even number of ranks, not 3: use 2 or 4"),
         (["v3.pretrain", "--set", "parallel.pipe=6"], "model.vocab_size=129280 does not split evenly over parallel.pi"),
