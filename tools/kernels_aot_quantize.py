@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ class CompiledQuantizer:
     global_accesses: tuple[str, ...]
     """Loads and stores of global memory by threads, which are single elements or vectors: `st.global.b32`."""
     x_bytes: int
-    """The most bytes of shared memory that one thread reads in an instruction."""
+    """The most bytes of shared memory that one thread reads in an instruction; 0 where none reads any."""
     exact_reciprocals: int
     """`rcp.rn`, rounded to nearest."""
     approximate_divisions: int
@@ -77,7 +77,7 @@ def read_quantizer(ptx: str, ptxas: str, launch: str, program: str) -> CompiledQ
         fences=len(re.findall(r"fence\.proxy\.async\.shared::cta", ptx)),
         waits=len(re.findall(r"cp\.async\.bulk\.wait_group\.read", ptx)),
         global_accesses=tuple(re.findall(r"\b((?:ld|st)\.(?:volatile\.|weak\.)?global\S*)", ptx)),
-        x_bytes=max(int(count or 1) * int(bits) // 8 for count, bits in widths),
+        x_bytes=max((int(count or 1) * int(bits) // 8 for count, bits in widths), default=0),
         exact_reciprocals=len(re.findall(r"\brcp\.rn\.f32", ptx)),
         approximate_divisions=len(re.findall(r"\b(?:div|rcp)\.(?:full|approx)", ptx)),
         copies=len(re.findall(r" (?:copy|fusion|pad|slice|transpose)\(", entry)),
@@ -90,35 +90,53 @@ def bytes_moved(name: str, shape: tuple[int, int], dtype: jnp.dtype) -> int:
     return sum(array.size * array.dtype.itemsize for array in out) + shape[0] * shape[1] * jnp.dtype(dtype).itemsize
 
 
+COLUMNS = (
+    "registers × threads",
+    "spilled",
+    "shared memory",
+    "blocks per SM, warps",
+    "TMA loads, stores",
+    "other global accesses",
+    "read from shared",
+    "copies by XLA",
+    "moved",
+    "memory floor",
+)
+"""Of a table, after those that say what a row is of."""
+
+
+def cells(compiled: CompiledQuantizer, moved: int) -> tuple[str, ...]:
+    """What stands in `COLUMNS` for a kernel that moves so many bytes."""
+    kernel = compiled.kernel
+    return (
+        f"{kernel.registers} × {kernel.threads}",
+        f"{kernel.spilled_bytes} B",
+        f"{kernel.shared_bytes / 1024:.0f} KB",
+        f"{kernel.blocks_per_sm}, {kernel.occupancy:.0%}",
+        f"{kernel.tma_loads}, {compiled.tma_stores}",
+        ", ".join(dict.fromkeys(compiled.global_accesses)) or "none",
+        f"{compiled.x_bytes} B" if compiled.x_bytes else "none",
+        str(compiled.copies),
+        f"{moved / 1e6:.0f} MB",
+        f"{moved / MEMORY_BANDWIDTH * 1e6:.1f} µs",
+    )
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    head_line, *lines = ("| " + " | ".join(row) + " |" for row in (head, *rows))
+    return [head_line, "|---" * len(head) + "|", *lines]
+
+
 def table(dtypes: Sequence[jnp.dtype]) -> list[str]:
     """The lines of a Markdown table, one for each kernel, dtype of x and shape."""
-    lines = [
-        "| tiles | x | M×N | registers × threads | spilled | shared memory | blocks per SM, warps | "
-        "TMA loads, stores | other global accesses | read from shared | copies by XLA | moved | memory floor |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for name, (_, shapes) in KERNELS.items():
         for dtype in dtypes:
             for shape in shapes:
                 compiled, moved = compile_quantizer(name, shape, dtype), bytes_moved(name, shape, dtype)
-                kernel = compiled.kernel
-                cells = (
-                    name,
-                    jnp.dtype(dtype).name,
-                    f"{shape[0]}×{shape[1]}",
-                    f"{kernel.registers} × {kernel.threads}",
-                    f"{kernel.spilled_bytes} B",
-                    f"{kernel.shared_bytes / 1024:.0f} KB",
-                    f"{kernel.blocks_per_sm}, {kernel.occupancy:.0%}",
-                    f"{kernel.tma_loads}, {compiled.tma_stores}",
-                    ", ".join(compiled.global_accesses) or "none",
-                    f"{compiled.x_bytes} B",
-                    compiled.copies,
-                    f"{moved / 1e6:.0f} MB",
-                    f"{moved / MEMORY_BANDWIDTH * 1e6:.1f} µs",
-                )
-                lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return lines
+                rows.append((name, jnp.dtype(dtype).name, f"{shape[0]}×{shape[1]}", *cells(compiled, moved)))
+    return markdown(("tiles", "x", "M×N", *COLUMNS), rows)
 
 
 def main(argv: Sequence[str]) -> int:

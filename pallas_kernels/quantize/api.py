@@ -7,6 +7,7 @@ weight's gradient, 128×1. A weight has one per block of 128×128. Tiles at the 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from pallas_kernels.implementation import choose
-from pallas_kernels.quantize import mosaic_gpu, reference
+from pallas_kernels.quantize import mosaic_gpu, mosaic_gpu_requantize, reference
 from pallas_kernels.quantize.reference import Tile, scale_shape
 
 TILES: tuple[Tile, ...] = ((1, 128), (128, 1), (128, 128), None)
@@ -167,11 +168,23 @@ def requantize(
     dtype: DTypeLike | None = None,
     power_of_two: bool = False,
     smallest_amax: float = 1e-4,
+    implementation: str | None = None,
 ) -> Quantized:
     """The values of q in other tiles and, unless `dtype` is given, the same format: dequantised and quantised again.
 
     For a weight's gradient: what was kept from the forward pass in 1×128 tiles is needed in 128×1. With powers of two
     as scales on both sides no code loses a bit, unless it falls below the normal range of its new tile.
+
+    Arguments and errors are those of `quantize`. The kernel "mosaic_gpu" makes 128×1 from 1×128, of matrices in E4M3,
+    and writes the codes transposed, as Wgrad reads them: within `jax.jit`, the `.T` of the result costs nothing.
     """
-    dtype = q.codes.dtype if dtype is None else dtype
-    return quantize(q.dequantize(), tile, dtype=dtype, power_of_two=power_of_two, smallest_amax=smallest_amax)
+    dtype = jnp.dtype(q.codes.dtype if dtype is None else dtype)
+    obstacle = mosaic_gpu_requantize.supported(q.codes, q.tile, tile, dtype, smallest_amax)
+    name = choose("requantize", implementation, {"reference": None, "mosaic_gpu": obstacle})
+    if name == "mosaic_gpu":
+        transposed, scales = mosaic_gpu_requantize.requantize_columns(
+            q.codes, q.scales, power_of_two, float(smallest_amax)
+        )
+        return Quantized(transposed.T, scales, tile)
+    how: Any = {"power_of_two": power_of_two, "smallest_amax": smallest_amax, "implementation": name}
+    return quantize(q.dequantize(), tile, dtype=dtype, **how)

@@ -43,31 +43,30 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from pallas_kernels.implementation import not_hopper
 from pallas_kernels.quantize import reference
+from pallas_kernels.quantize.registers import (
+    BLOCK,
+    STRIP,
+    SWIZZLE,
+    How,
+    codes_of,
+    largest_of_columns,
+    load_rows,
+    magnitude,
+    quads,
+    reciprocal_of,
+    scale_of,
+    strips,
+    swizzled,
+    write_tiles,
+)
 
-BLOCK = 128
-LARGEST = 448.0
-SWIZZLE = 64
-"""Codes of a row that lie together in shared memory: what divides every width of V3, as 128 does not."""
-STRIP = 16
-"""Rows that a warpgroup holds in registers where maxima run down the rows."""
 LEAST_AMAX = 2.0**-100
 """The least `smallest_amax`: with it scales and their reciprocals are normal numbers."""
 DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
-
-
-@dataclasses.dataclass(frozen=True)
-class _How:
-    """What the scales are, and where the code runs."""
-
-    power_of_two: bool
-    smallest_amax: float
-    interpret: Any
-    """Pallas' `InterpretGPUParams`; None on a GPU. The interpreter has no layouts and no inlined instructions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,21 +128,21 @@ def quantize(
     Raises:
       ValueError: if x or smallest_amax is not of that kind.
     """
-    return _run(x, PLANS[tile], _How(power_of_two, smallest_amax, interpret))
+    return _run(x, PLANS[tile], How(power_of_two, smallest_amax, interpret))
 
 
 def quantize_both(
     x: Array, power_of_two: bool, smallest_amax: float, *, interpret: Any = None
 ) -> tuple[Array, Array, Array, Array]:
     """Codes and scales of x `[M, N]` in tiles of 1×128, then in tiles of 128×1; arguments as for `quantize`."""
-    return _run(x, BOTH, _How(power_of_two, smallest_amax, interpret))
+    return _run(x, BOTH, How(power_of_two, smallest_amax, interpret))
 
 
 def quantize_weight(
     w: Array, power_of_two: bool, smallest_amax: float, *, interpret: Any = None
 ) -> tuple[Array, Array, Array]:
     """Codes `[K, N]` and scales of w in blocks of 128×128, and the codes transposed; arguments as for `quantize`."""
-    return _run(w, WEIGHT, _How(power_of_two, smallest_amax, interpret))
+    return _run(w, WEIGHT, How(power_of_two, smallest_amax, interpret))
 
 
 def _run(x, plan, how):
@@ -188,7 +187,7 @@ def _kernel(x, plan, how):
     (m, n), high, wide = x.shape, plan.high, plan.wide
     down, across = -(-m // high), -(-n // wide)
     codes = jax.ShapeDtypeStruct((m, n), jnp.float8_e4m3fn)
-    codes_here = plgpu.SMEM((high, wide), codes.dtype, transforms=_swizzled(SWIZZLE, codes.dtype))
+    codes_here = plgpu.SMEM((high, wide), codes.dtype, transforms=swizzled(SWIZZLE, codes.dtype))
     # Scales are written whole tiles at a time, since a copy of one dimension is not cut off at the end of an array.
     out, scratch = [], []
     for form in plan.forms:
@@ -226,7 +225,7 @@ def _kernel(x, plan, how):
 
     body.__name__ = plan.name
     warpgroups: dict[str, Any] = {"num_threads": 2, "thread_name": "warpgroup"} if plan.both else {}
-    x_here = plgpu.SMEM((high, wide), x.dtype, transforms=_swizzled(128, x.dtype))
+    x_here = plgpu.SMEM((high, wide), x.dtype, transforms=swizzled(128, x.dtype))
     return plgpu.kernel(
         body,
         out_type=tuple(out),
@@ -239,38 +238,31 @@ def _kernel(x, plan, how):
     )
 
 
-def _swizzled(size, dtype):
-    """A tile in shared memory: 8 rows of `size` bytes together, swizzled so that lanes do not share a bank."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    return plgpu.TilingTransform((8, size // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(size)
-
-
 def _rows(tile, shared, out, where, how):
     """Codes and scales of a tile `[high, 128]` of x, a scale for each row."""
     from jax.experimental import pallas as pl
 
     codes, scales = shared
-    layout = _quads(tile.dtype)
+    layout = quads(tile.dtype)
 
     @pl.loop(0, tile.shape[0] // 32)
     def _(i):
         rows = pl.ds(i * 32, 32)
-        x = _load(tile, rows, layout, how)
-        scale = _scale(_magnitude(x).max(1), how)
-        codes[rows] = _codes(x, _reciprocal(scale, layout.reduce(1), how), 0)
+        x = load_rows(tile, rows, layout, how)
+        scale = scale_of(magnitude(x).max(1), how)
+        codes[rows] = codes_of(x, reciprocal_of(scale, layout.reduce(1), how), 0)
         scales[rows] = scale
 
-    _write((codes, out[0], where), (scales, out[1], where[::-1]))
+    write_tiles((codes, out[0], where), (scales, out[1], where[::-1]))
 
 
 def _columns(tile, shared, out, where, how):
     """Codes and scales of a tile `[128, wide]` of x, a scale for each column."""
     codes, scales = shared
-    scale = _scale(_largest_of_columns(tile, how), how)
+    scale = scale_of(_largest_of_columns(tile, how), how)
     scales[...] = scale
     _quantize_rows(tile, codes, scale, how)
-    _write((codes, out[0], where), (scales, out[1], where))
+    write_tiles((codes, out[0], where), (scales, out[1], where))
 
 
 def _block(tile, shared, out, where, how):
@@ -280,41 +272,34 @@ def _block(tile, shared, out, where, how):
     codes, *scales = shared
     of_columns = _largest_of_columns(tile, how)
     largest = of_columns.max()
-    # Of columns and their maximum, since an array that is only a repeated scalar cannot be passed to `_reciprocal`.
-    scale = _scale(lax.max(of_columns, lax.broadcast(largest, of_columns.shape)), how)
+    # Of columns and their maximum, since an array that is only a repeated scalar cannot be passed to `reciprocal_of`.
+    scale = scale_of(lax.max(of_columns, lax.broadcast(largest, of_columns.shape)), how)
     _quantize_rows(tile, codes, scale, how)
-    out[1][where[0], pl.ds(where[1], 1)] = _scale(lax.broadcast(largest, (1,)), how)
+    out[1][where[0], pl.ds(where[1], 1)] = scale_of(lax.broadcast(largest, (1,)), how)
     if scales:
         scales[0][...] = scale
-    _write((codes, out[0], where))  # Its barrier is one for the scales too, which are read in another layout.
+    write_tiles((codes, out[0], where))  # Its barrier is one for the scales too, which are read in another layout.
     if scales:
         _quantize_transposed(tile, codes, scales[0], how)
-        _write((codes, out[2], where[::-1]))
+        write_tiles((codes, out[2], where[::-1]))
 
 
 def _largest_of_columns(tile, how):
-    """The largest magnitude of each column of a tile, as integers."""
-    from jax.experimental import pallas as pl
-
-    def add(i, largest):
-        return lax.max(largest, _magnitude(_load(tile, pl.ds(i * STRIP, STRIP), layout, how)))
-
-    layout = _strips(tile.dtype)
-    first = _magnitude(_load(tile, pl.ds(0, STRIP), layout, how))
-    return lax.fori_loop(1, tile.shape[0] // STRIP, add, first).max(0)
+    layout = strips(tile.dtype)
+    return largest_of_columns(lambda rows: load_rows(tile, rows, layout, how), tile.shape[0])
 
 
 def _quantize_rows(tile, codes, scale, how):
     """Writes the codes of a tile, some rows at a time, for scales of its columns."""
     from jax.experimental import pallas as pl
 
-    layout = _strips(tile.dtype)
-    reciprocal = _reciprocal(scale, layout.reduce(0), how)
+    layout = strips(tile.dtype)
+    reciprocal = reciprocal_of(scale, layout.reduce(0), how)
 
     @pl.loop(0, tile.shape[0] // STRIP)
     def _(i):
         rows = pl.ds(i * STRIP, STRIP)
-        codes[rows] = _codes(_load(tile, rows, layout, how), reciprocal, 1)
+        codes[rows] = codes_of(load_rows(tile, rows, layout, how), reciprocal, 1)
 
 
 def _quantize_transposed(tile, codes, scales, how):
@@ -323,92 +308,14 @@ def _quantize_transposed(tile, codes, scales, how):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     layout = plgpu.Layout.WGMMA_TRANSPOSED
-    reciprocal = _reciprocal(_load(scales, slice(None), layout.reduce(0), how), layout.reduce(0), how)
+    reciprocal = reciprocal_of(load_rows(scales, slice(None), layout.reduce(0), how), layout.reduce(0), how)
 
     @pl.loop(0, tile.shape[0] // 64)
     def _(i):
         rows = pl.ds(i * 64, 64)
-        x = _load(tile, rows, plgpu.Layout.WGMMA, how)
+        x = load_rows(tile, rows, plgpu.Layout.WGMMA, how)
         if how.interpret is not None:
-            codes[:, rows] = _codes(x, reciprocal, 1).T
+            codes[:, rows] = codes_of(x, reciprocal, 1).T
         else:
-            turned = _codes(plgpu.layout_cast(x, layout), reciprocal, 1)
+            turned = codes_of(plgpu.layout_cast(x, layout), reciprocal, 1)
             plgpu.transpose_ref(codes.at[:, rows], (1, 0))[...] = turned
-
-
-def _load(tile, rows, layout, how):
-    """Rows of a tile, in registers."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    return tile[rows] if how.interpret is not None else plgpu.load(tile, (rows,), layout=layout)
-
-
-def _write(*copies):
-    """Copies (tile of shared memory, array, where in it counted in tiles), and waits until the tiles have been read."""
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    plgpu.commit_smem()
-    for tile, out, where in copies:
-        leading = len(where) - len(tile.shape)
-        slices = [pl.ds(i * size, size) for i, size in zip(where[leading:], tile.shape, strict=True)]
-        plgpu.copy_smem_to_gmem(tile, out.at[(*where[:leading], *slices)])
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def _quads(dtype):
-    """32 rows in registers: 8 of each warp, a row in 4 lanes, which hold 16 neighbouring bytes at a time."""
-    return _layout(dtype, 8, 4)
-
-
-def _strips(dtype):
-    """STRIP rows in registers: 4 of each warp, 128 neighbouring bytes of a row in 8 lanes."""
-    return _layout(dtype, STRIP // 4, 8)
-
-
-def _layout(dtype, rows, lanes):
-    """4 warps with `rows` rows each, a row in `lanes` lanes of 16 bytes, as often as a row is longer."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    vector = 16 // dtype.itemsize
-    tiling = plgpu.Tiling(((4 * rows, lanes * vector), (rows, lanes * vector), (vector,)))
-    return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
-
-
-def _magnitude(x):
-    """The bits of |x|, as integers that are ordered as |x| is."""
-    integer = np.int16 if x.dtype.itemsize == 2 else np.int32
-    return lax.bitcast_convert_type(x, integer) & integer(np.iinfo(integer).max)
-
-
-def _scale(largest, how):
-    """float32 scales of tiles with such a largest magnitude: amax * (1 / 448), or NaN."""
-    if largest.dtype == jnp.int16:  # A bfloat16 is the upper half of a float32.
-        largest = largest.astype(jnp.int32) << 16
-    amax = lax.bitcast_convert_type(largest, jnp.float32)
-    scale = lax.max(amax, lax.full_like(amax, how.smallest_amax)) * np.float32(1 / LARGEST)
-    if how.power_of_two:  # Rounded up: a fraction carries into the exponent.
-        fraction = np.int32(2**23 - 1)
-        bits = (lax.bitcast_convert_type(scale, jnp.int32) + fraction) & ~fraction
-        scale = lax.bitcast_convert_type(bits, jnp.float32)
-    return jnp.where(amax < np.float32(np.inf), scale, np.float32(np.nan))
-
-
-def _reciprocal(scale, layout, how):
-    """1 / scale, rounded to nearest even; `layout` is that of the scales in registers."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    if how.interpret is not None:
-        return np.float32(1) / scale
-    out = plgpu.ShapeDtypeStruct(scale.shape, jnp.float32, layout=layout)
-
-    @plgpu.inline_mgpu(arg_types=(layout,), return_type=out)
-    def reciprocal(_, values):
-        return values._pointwise(values._lift_fast_instr("rcp.rn.f32"))
-
-    return reciprocal(scale)
-
-
-def _codes(x, reciprocal, axis):
-    """Codes of x `[R, C]` for the reciprocals of scales along one of its axes."""
-    return (x.astype(jnp.float32) * lax.broadcast_in_dim(reciprocal, x.shape, (axis,))).astype(jnp.float8_e4m3fn)

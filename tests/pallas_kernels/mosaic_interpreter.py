@@ -18,16 +18,19 @@ def parameters(uninitialized="zero"):
     )
 
 
-def run(function, *args, uninitialized="zero", **options):
-    """What `function(*args, interpret=…, **options)` returns, its leaves in float32 of NumPy.
-
-    After a check that no access of shared memory raced with another.
-    """
+def interpret(kernel, *args, uninitialized="zero", **options):
+    """What `kernel(*args, interpret=…, **options)` returns, after a check that no access of shared memory raced with
+    another."""
     from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
 
     interpreter.reset_gpu_interpret_mode_state()  # A test that failed before may have left some.
-    out = jax.block_until_ready(function(*args, interpret=parameters(uninitialized), **options))
-    out = jax.tree.map(lambda leaf: np.asarray(leaf.astype(jnp.float32)), out)
+    out = jax.block_until_ready(kernel(*args, interpret=parameters(uninitialized), **options))
     jax.effects_barrier()  # The interpreter's callbacks, which note the races.
     assert not interpreter.get_races().races_found
     return out
+
+
+def run(kernel, *args, **options):
+    """The same, its leaves in float32 of NumPy."""
+    out = interpret(kernel, *args, **options)
+    return jax.tree.map(lambda leaf: np.asarray(leaf.astype(jnp.float32)), out)

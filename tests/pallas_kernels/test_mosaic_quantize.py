@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mosaic_interpreter import interpret
 
 from pallas_kernels.quantize import (
     GRADIENT_AMAX,
@@ -21,22 +22,6 @@ from pallas_kernels.quantize import (
 
 ROW, COLUMN, BLOCK = (1, 128), (128, 1), (128, 128)
 E4M3 = jnp.dtype(jnp.float8_e4m3fn)
-
-
-def interpret(kernel, *args, uninitialized="zero"):
-    """The kernel's results, after a check that no access of shared memory raced with another.
-
-    TMA reads zeros beyond the end of an array, as the interpreter is told to.
-    """
-    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-
-    interpreter.reset_gpu_interpret_mode_state()  # A test that failed before may have left some.
-    how = InterpretGPUParams(detect_races=True, out_of_bounds_reads="uninitialized", uninitialized_memory=uninitialized)
-    out = jax.block_until_ready(kernel(*args, interpret=how))
-    jax.effects_barrier()  # The interpreter's callbacks, which note the races.
-    assert not interpreter.get_races().races_found
-    return out
 
 
 def wide_range(shape, dtype=jnp.float32):
