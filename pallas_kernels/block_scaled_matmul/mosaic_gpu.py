@@ -22,7 +22,7 @@ Warpgroups are a producer and consumers around a ring of `stages` in shared memo
   232. Three consumers have 160 and room for one step; there the others multiply while one scales. The scales of 128
   columns take 32 registers of their own, so Wgrad has half as many steps at once, and no tiles of 192 x 128.
 - A stage is empty once its products and scales are in registers, before they are added up.
-- A partial sum starts at zero without being set to zero: ptxas turns the first wgmma into one that does not add.
+- A partial sum is set to zero first, by half an instruction for each of its registers: Mosaic's wgmma always adds.
 - Tiles are taken in swaths of `swath` rows of tiles, columns of a swath one after another, so that the tiles that run
   at one time share rows of a and columns of b in the L2 cache.
 - In a cluster of two blocks, which take neighbouring tiles of a row, each reads half of a's codes for both (TMA

@@ -118,8 +118,12 @@ def colour(schedule: Schedule, op: Op) -> str:
 
 
 def svg(timeline: Timeline) -> str:
-    """The picture as an SVG document."""
-    drawn = picture(timeline)
+    """The timeline's picture as an SVG document."""
+    return picture_svg(picture(timeline))
+
+
+def picture_svg(drawn: Picture) -> str:
+    """A picture as an SVG document."""
     size = f'width="{drawn.width:g}" height="{drawn.height:g}"'
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {drawn.width:g} {drawn.height:g}" '
@@ -140,12 +144,16 @@ def svg(timeline: Timeline) -> str:
 
 
 def png(timeline: Timeline, *, pixels_per_unit: float = 2.0) -> bytes:
-    """The picture as a PNG file, so many times its nominal size."""
+    """The timeline's picture as a PNG file, so many times its nominal size."""
+    return picture_png(picture(timeline), pixels_per_unit=pixels_per_unit)
+
+
+def picture_png(drawn: Picture, *, pixels_per_unit: float = 2.0) -> bytes:
+    """A picture as a PNG file, so many times its nominal size."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.collections import PolyCollection
     from matplotlib.figure import Figure
 
-    drawn = picture(timeline)
     figure = Figure(figsize=(drawn.width / 72, drawn.height / 72), facecolor=_PAPER)  # 72 points to an inch
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 1))
