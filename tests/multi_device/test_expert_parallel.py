@@ -48,6 +48,13 @@ MESHES = {
     "nodes, two hops": (ParallelConfig(node=2, expert=4), "two_hop"),
 }
 """Layouts, and by what tokens reach experts; two of them have only one device for all experts, and hop in place."""
+SAMPLE = ("one, two hops", "replicas", "replicas of experts", "experts, two hops", "nodes, two hops")
+
+
+def meshes():
+    """All of them; the slow mark leaves a sample."""
+    for name in MESHES:
+        yield pytest.param(name, marks=() if name in SAMPLE else pytest.mark.slow)
 
 
 def routing(kind: str) -> np.ndarray:
@@ -108,7 +115,7 @@ def course(mesh: str | None, kind: str, dtype=jnp.float64, optimizer=gradient_de
 
 
 @pytest.mark.parametrize("kind", ["random", "skewed", "empty"])
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", meshes())
 def test_float64_steps_equal_those_of_one_device(mesh, kind):
     """Loads and biases exactly, losses, norms and parameters (so gradients) to 1e-9."""
     with jax.enable_x64(True):
