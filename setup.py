@@ -35,6 +35,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["deepseek_jax*", "pallas_kernels*", "experiments*", "tools*"]),
+    package_data={"pallas_kernels": ["measured/*.json"]},
     install_requires=CORE,
     extras_require={
         "cuda": ["jax[cuda13]>=0.10.2"],

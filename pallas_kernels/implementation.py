@@ -1,16 +1,26 @@
 """How an op chooses among its implementations, and the error for one that cannot run here.
 
-Every op of this package takes `implementation=None | name`. None picks the first that is supported where the code runs;
-a name that is not supported is an error that says why, never a silent fallback.
+Every op of this package takes `implementation=None | name`. None picks the best that is supported where the code runs,
+a kernel only if a table says that it passed its checks on such a device (`device_tables`); on Hopper the log says what
+was picked, and why. A name that is not supported is an error that says why, never a silent fallback.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from pallas_kernels import device_tables
+from pallas_kernels.target import target
+
+KERNEL = "mosaic_gpu"
+"""The implementation that is a kernel of ours, and stands first among an op's."""
+_LOG = logging.getLogger("pallas_kernels")
 
 
 def choose(op: str, implementation: str | None, obstacles: Mapping[str, str | None]) -> str:
@@ -28,7 +38,7 @@ def choose(op: str, implementation: str | None, obstacles: Mapping[str, str | No
       ValueError: if the name is unknown, or known and not supported here.
     """
     if implementation is None:
-        return next(name for name, obstacle in obstacles.items() if obstacle is None)
+        return _best(op, obstacles)
     if implementation not in obstacles:
         raise ValueError(f"{op} has no implementation {implementation!r}; it has {', '.join(obstacles)}")
     if obstacles[implementation] is not None:
@@ -36,13 +46,28 @@ def choose(op: str, implementation: str | None, obstacles: Mapping[str, str | No
     return implementation
 
 
+def _best(op: str, obstacles: Mapping[str, str | None]) -> str:
+    """The first that can run, and that may be chosen by itself."""
+    against = obstacles.get(KERNEL, "there is none")
+    unproven = device_tables.unproven(op) if against is None else None
+    name = next(name for name, obstacle in obstacles.items() if obstacle is None and not (name == KERNEL and unproven))
+    if KERNEL in obstacles and not_hopper() is None:
+        _say(op, name, unproven or against, logging.WARNING if unproven else logging.INFO)
+    return name
+
+
+@functools.cache  # Once for each.
+def _say(op: str, name: str, reason: str | None, level: int) -> None:
+    _LOG.log(level, "%s runs as %s%s", op, name, f": {reason}" if reason else "")
+
+
 def not_hopper() -> str | None:
     """Why kernels for GPUs of compute capability 9.0 cannot run where the code runs; None if they can."""
-    if jax.default_backend() != "gpu":
-        return f"it is for GPUs of compute capability 9.0 (Hopper), and jax runs on {jax.default_backend()}"
-    capability = getattr(jax.devices()[0], "compute_capability", "unknown")
-    if str(capability) != "9.0":
-        return f"it is for GPUs of compute capability 9.0 (Hopper), not {capability}"
+    device = target()
+    if device.backend != "gpu":
+        return f"it is for GPUs of compute capability 9.0 (Hopper), and jax runs on {device.backend}"
+    if device.capability != "9.0":
+        return f"it is for GPUs of compute capability 9.0 (Hopper), not {device.capability}"
     return None
 
 

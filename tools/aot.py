@@ -1,13 +1,17 @@
-"""Compiles a recipe's train step for H200s, without one: `python -m tools.aot v3.pretrain --set parallel.pipe=1 …`.
+"""Compiles a recipe's train step for H200s, without one: `python -m tools.aot --recipe v3.pretrain --devices 2048`.
 
-Needs the extra [cuda] (the plugin, no GPU and no driver). Prints the compiler's plan of a device's memory and the
-collectives of the compiled program; of a pipeline also what its loops over ticks hold, and how much of their exchanges
-the program's order leaves exposed, at the stated speeds (`planning/overlap.py`). Nothing is allocated, and nothing
-runs: speed and numbers are not to be had here.
+Needs the extra [cuda] (the plugin, no GPU and no driver). Prints the compiler's plan of a device's memory beside the
+planner's, the largest arrays of the compiled program, and its collectives; of a pipeline also what its loops over ticks
+hold, and how much of their exchanges the program's order leaves exposed, at the stated speeds (`planning/overlap.py`).
+`--check` is a gate: the exit code is 1 where the step does not fit. Nothing is allocated, and nothing runs: speed and
+numbers are not to be had here.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -24,15 +28,28 @@ from deepseek_jax.config_io import override_all
 from deepseek_jax.model.targets import Microbatch
 from deepseek_jax.parallel.pipeline.tables import make_tables
 from deepseek_jax.parallel.sharding import BATCH_SPEC
-from deepseek_jax.planning.compiled import CompiledProgram, count_collectives, read_program
+from deepseek_jax.planning.compiled import (
+    CompiledProgram,
+    collective_bytes,
+    count_collectives,
+    largest_arrays,
+    read_program,
+)
+from deepseek_jax.planning.device_memory import DeviceMemory, device_memory
+from deepseek_jax.planning.devices import H200
 from deepseek_jax.planning.gpu_target import LATENCY_HIDING, h200_mesh
+from deepseek_jax.planning.job import with_device_count
 from deepseek_jax.planning.overlap import Replay, Span, Speeds
 from deepseek_jax.planning.tick_loops import TickLoop, tick_loops
 from deepseek_jax.training.experiment import Experiment
 from deepseek_jax.training.sharding_table import abstract_state, abstract_trainer
 from deepseek_jax.training.step import Hyperparameters
 from experiments.run import UsageError, find_recipe
+from tools.plan import job_of
+from tools.plan_text import MEMORY_PARTS, table
 
+RECIPE = flags.DEFINE_string("recipe", None, "as `python -m experiments.run --list` has it")
+DEVICES = flags.DEFINE_integer("devices", None, "how many; none: as many as the recipe's mesh has", lower_bound=1)
 SET = flags.DEFINE_multi_string("set", [], "change one value of the recipe: parallel.expert=8")
 SETTING = flags.DEFINE_integer(
     "setting", None, "the place in the ladder of room for tokens; none: the one that runs begin with", lower_bound=0
@@ -47,6 +64,8 @@ HIDE = flags.DEFINE_bool("hide_latency", True, "compile with the scheduler that 
 MEMORY = flags.DEFINE_float(
     "memory_gb", 151.4, "memory of a device: XLA hides no exchange where a program does not fit", lower_bound=1
 )
+CHECK = flags.DEFINE_bool("check", False, "exit with 1 where the step does not fit into a device's memory")
+JSON = flags.DEFINE_bool("json", False, "print it for programs")
 DUMP = flags.DEFINE_string("dump", None, "write the compiled program to this file")
 
 
@@ -126,13 +145,99 @@ def _times(span: Span) -> str:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """What the compiler made of a step. Bytes are those of one device."""
+
+    devices: int
+    microbatches: int
+    arguments: int
+    """The state, and the batch."""
+    results: int
+    """Besides those that lie where arguments did."""
+    temporaries: int
+    collectives: dict[str, tuple[int, float]]
+    """Of each kind how many stand in the program, and the bytes that come from them in a step."""
+    largest: list[tuple[int, str, str]]
+    """The largest arrays that instructions make: bytes, shape, where from."""
+    planned: DeviceMemory
+    """What the planner says of the same step."""
+    seconds: float
+    """Of compiling."""
+    host_memory: int
+    """The most that this process had."""
+
+    @property
+    def peak(self) -> int:
+        """Bytes of a device that the step needs."""
+        return self.arguments + self.results + self.temporaries
+
+    @property
+    def planned_step(self) -> float:
+        """What the planner says of `peak`: all but what is lost between buffers."""
+        return self.planned.total - self.planned.lost
+
+
+def report_of(experiment: Experiment, microbatches: int, compiled, seconds: float) -> StepReport:
+    """Reads a compiled step of an experiment."""
+    plan, program = compiled.memory_analysis(), read_program(compiled.as_text())
+    moved, counts = collective_bytes(program), count_collectives(program)
+    parallel, job = experiment.parallel, job_of(experiment)
+    rows = microbatches * (parallel.microbatch_rows or 1) * parallel.batch_shards
+    largest = [
+        (array.bytes, f"{array.dtype}[{','.join(map(str, array.dims))}]", one.op_name or one.name)
+        for one, array in largest_arrays(program)
+    ]
+    return StepReport(
+        devices=job.devices,
+        microbatches=microbatches,
+        arguments=plan.argument_size_in_bytes,
+        results=plan.output_size_in_bytes - plan.alias_size_in_bytes,
+        temporaries=plan.temp_size_in_bytes,
+        collectives={kind: (count, moved.get(kind, 0.0)) for kind, count in counts.items()},
+        largest=largest,
+        planned=device_memory(dataclasses.replace(job, rows=rows)),
+        seconds=seconds,
+        host_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+
+
+def describe(found: StepReport, usable: float) -> str:
+    """For people: memory beside the plan and beside what a device has, collectives, and the largest arrays."""
+    gigabytes = [f"{size / 1e9:.2f}" for size in (found.arguments, found.results, found.temporaries, found.peak)]
+    verdict = "fits" if found.peak <= usable else f"lacks {(found.peak - usable) / 1e9:.1f} GB"
+    parts = ", ".join(
+        f"{words} {getattr(found.planned, name) / 1e9:.1f}" for name, words in MEMORY_PARTS.items() if name != "lost"
+    )
+    collectives = [(kind, str(n), f"{moved / 1e9:.2f}") for kind, (n, moved) in found.collectives.items()]
+    largest = [(f"{size / 1e9:.2f}", shape, where[-90:]) for size, shape, where in found.largest]
+    return "\n".join(
+        [
+            f"compiled for sm_90a and {found.devices:,} devices in {found.seconds:.0f} s with "
+            f"{found.host_memory / 1e9:.1f} GB of this machine's memory, by jax {jax.__version__}",
+            "",
+            f"A step of {found.microbatches} microbatches, GB of a device: arguments {gigabytes[0]}, results "
+            f"{gigabytes[1]}, temporaries {gigabytes[2]}, together {gigabytes[3]} of {usable / 1e9:.1f}: {verdict}.",
+            f"The planner says {found.planned_step / 1e9:.2f}, {found.planned_step / found.peak - 1:+.1%}: {parts}.",
+            "",
+            table(("collective", "in the program", "GB received in a step"), collectives, left=(0,)),
+            "",
+            table(("GB", "largest arrays", "made by"), largest, left=(1, 2)),
+        ]
+    )
+
+
 def main(argv: Sequence[str]) -> int:
     """Compiles and prints; the exit code."""
-    if len(argv) != 2:
-        print("usage: python -m tools.aot RECIPE [--set PATH=VALUE]... [--microbatches N]", file=sys.stderr)
+    if len(argv) != 1 or RECIPE.value is None:
+        usage = "python -m tools.aot --recipe NAME [--devices N] [--set PATH=VALUE]... [--check]"
+        print(f"usage: {usage}", file=sys.stderr)
         return 2
     try:
-        experiment = override_all(find_recipe(argv[1])(), SET.value)
+        experiment = override_all(find_recipe(RECIPE.value)(), SET.value)
+        if DEVICES.value is not None:
+            parallel = with_device_count(experiment.parallel, DEVICES.value)
+            experiment = dataclasses.replace(experiment, parallel=parallel)
         begin = time.perf_counter()
         options = LATENCY_HIDING if HIDE.value else {}
         choice = experiment.parallel.schedule_choice
@@ -143,23 +248,19 @@ def main(argv: Sequence[str]) -> int:
     except (ConfigError, UsageError) as error:
         print(error, file=sys.stderr)
         return 2
-    text, plan = compiled.as_text(), compiled.memory_analysis()
-    program = read_program(text)
-    parts = {
-        "arguments": plan.argument_size_in_bytes,
-        "results": plan.output_size_in_bytes - plan.alias_size_in_bytes,
-        "temporaries": plan.temp_size_in_bytes,
-    }
-    print(f"{argv[1]} on {experiment.parallel}")
-    print(f"compiled for sm_90a in {time.perf_counter() - begin:.0f} s by jax {jax.__version__}")
-    print("bytes per device: " + ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in parts.items()))
-    print("collectives: " + ", ".join(f"{count} {name}" for name, count in count_collectives(program).items()))
-    if experiment.parallel.pipe > 1:
-        print("\n".join(describe_loops(program, ring_rows(experiment, microbatches))))
+    found = report_of(experiment, microbatches, compiled, time.perf_counter() - begin)
+    usable = MEMORY.value * 1e9 - H200.reserved
+    if JSON.value:
+        print(json.dumps(dataclasses.asdict(found) | {"peak": found.peak, "usable": usable}, indent=1))
+    else:
+        print(f"{RECIPE.value} on {experiment.parallel}\n{describe(found, usable)}")
+        if experiment.parallel.pipe > 1:
+            program = read_program(compiled.as_text())
+            print("\n" + "\n".join(describe_loops(program, ring_rows(experiment, microbatches))))
     if DUMP.value:
         with open(DUMP.value, "w") as file:
-            file.write(text)
-    return 0
+            file.write(compiled.as_text())
+    return 1 if CHECK.value and found.peak > usable else 0
 
 
 if __name__ == "__main__":

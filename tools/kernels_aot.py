@@ -40,14 +40,9 @@ from pallas_kernels.block_scaled_matmul.config import (
 )
 from pallas_kernels.quantize import Quantized
 from pallas_kernels.quantize.reference import scale_shape
+from pallas_kernels.tune.products import ROWS, TOKENS, WEIGHTS
 
 OUT_DTYPE = flags.DEFINE_enum("out_dtype", "bfloat16", ["bfloat16", "float32"], "dtype of Fprop's results")
-
-ROWS = (4096, 128, 64)
-WEIGHTS = ((2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))
-"""N and K of DeepSeek-V3's linear layers."""
-TOKENS = 4096
-"""What Wgrad sums over."""
 
 SMS = 132
 PEAK_FLOPS = 1979e12

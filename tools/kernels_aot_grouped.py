@@ -7,7 +7,6 @@ bfloat16 the matrices lie the other way.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -15,17 +14,10 @@ import jax
 import jax.numpy as jnp
 from absl import app
 
-from pallas_kernels.block_scaled_matmul.config import (
-    BLOCK,
-    Groups,
-    MatmulConfig,
-    TileConfig,
-    default_config,
-    rounds,
-    step_cycles,
-)
+from pallas_kernels.block_scaled_matmul.config import BLOCK, MatmulConfig, TileConfig, rounds, step_cycles
 from pallas_kernels.grouped_matmul import mosaic_gpu
-from pallas_kernels.grouped_matmul.config import STEP, ArrayConfig, array_step_cycles, default_array_config
+from pallas_kernels.grouped_matmul.config import STEP, ArrayConfig, array_step_cycles
+from pallas_kernels.tune.products import EXPERTS, GROUPS, Product, grouped_products
 from tools.kernels_aot import (
     HEAD,
     PEAK_FLOPS,
@@ -42,57 +34,6 @@ from tools.kernels_aot import (
     report,
 )
 
-GROUPS = ((4, 8192), (32, 512))
-"""How many, and rows of each."""
-WEIGHTS = ((4096, 7168), (7168, 2048))
-"""N and K of the experts' matrices."""
-BF16, F32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
-
-
-@dataclasses.dataclass(frozen=True)
-class Product:
-    """A grouped product: `groups` groups of `rows` rows, matrices `[k, n]`."""
-
-    name: str
-    """Fprop, Dgrad or Wgrad, of which Dgrad is bfloat16 only."""
-    operands: jnp.dtype
-    """float8_e4m3fn or bfloat16."""
-    groups: int
-    rows: int
-    n: int
-    k: int
-    alignment: int = BLOCK
-    """Groups start at multiples of this."""
-
-    @property
-    def quantized(self) -> bool:
-        """Operands are FP8 with scales."""
-        return self.operands != BF16
-
-    @property
-    def result(self) -> tuple[int, int, jnp.dtype]:
-        """Rows and columns of a result, and its dtype."""
-        if self.name == "Wgrad":
-            return self.k, self.n, F32
-        return self.groups * self.rows, self.n if self.name == "Fprop" else self.k, BF16
-
-    @property
-    def along(self) -> Groups:
-        """Its groups, as a config knows them."""
-        return Groups("depth" if self.name == "Wgrad" else "rows", self.groups, self.alignment)
-
-    def config(self) -> TileConfig:
-        """The default."""
-        if self.quantized:
-            b_tile = (BLOCK, 1) if self.name == "Wgrad" else (BLOCK, BLOCK)
-            return default_config(*self.result, SMS, b_tile=b_tile, groups=self.along)
-        return default_array_config(*self.result, SMS, self.along)
-
-    @property
-    def flops(self) -> float:
-        """Two for each multiply-add."""
-        return 2.0 * self.groups * self.rows * self.n * self.k
-
 
 def compile_product(product: Product, config: TileConfig) -> CompiledKernel:
     """Compiles a product for an H200; each kernel once in a process.
@@ -101,7 +42,7 @@ def compile_product(product: Product, config: TileConfig) -> CompiledKernel:
       ConfigError: jax cannot compile for GPUs here.
       RuntimeError: this process compiled the same kernel before.
     """
-    m, n, k, options = product.groups * product.rows, product.n, product.k, {"config": config, "sms": SMS}
+    m, n, k, options = product.all_rows, product.n, product.k, {"config": config, "sms": SMS}
     out_dtype, alignment = product.result[2], product.alignment
 
     def operand(shape, tile):
@@ -129,7 +70,7 @@ def compile_product(product: Product, config: TileConfig) -> CompiledKernel:
 
 def predict_product(product: Product, config: TileConfig) -> Prediction:
     """Its floors, and the time of the kernel by the assumptions of `tools/kernels_aot.py`."""
-    m, n, k = product.groups * product.rows, product.n, product.k
+    m, n, k = product.all_rows, product.n, product.k
     rows, columns, out_dtype = product.result
     elements = {"Fprop": (m * k, product.groups * k * n), "Dgrad": (m * n, product.groups * k * n)}
     a, b = elements.get(product.name, (m * k, m * n))
@@ -144,18 +85,16 @@ def predict_product(product: Product, config: TileConfig) -> Prediction:
     return predict(product.flops, PEAK_FLOPS / 2, moved, tiles, -(-deep // STEP), array_step_cycles(config))
 
 
-def table(groups: Sequence[tuple[int, int]] = GROUPS, weights: Sequence[tuple[int, int]] = WEIGHTS) -> list[str]:
+def table(groups: Sequence[tuple[int, int]] = GROUPS, weights: Sequence[tuple[int, int]] = EXPERTS) -> list[str]:
     """The lines of a Markdown table, one for each product and shape."""
-    e4m3 = jnp.dtype(jnp.float8_e4m3fn)
-    kinds = [("Fprop", e4m3), ("Wgrad", e4m3), ("Fprop", BF16), ("Dgrad", BF16), ("Wgrad", BF16)]
 
     def row(product):
-        config = product.config()
+        config = product.default(SMS)
         described = cells(config, compile_product(product, config), predict_product(product, config), product.flops)
         shapes = f"{product.groups} × {product.rows}", f"{product.n}×{product.k}"
         return product.name, product.operands.name, *shapes, *described
 
-    products = (Product(*kind, *group, *weight) for kind in kinds for group in groups for weight in weights)
+    products = grouped_products(groups, weights)
     return markdown(("product", "operands", "groups × rows", "N×K", *HEAD), map(row, products))
 
 

@@ -12,14 +12,17 @@ from pallas_kernels.grouped_matmul import (
     grouped_matmul_dx,
     preferred_alignment,
 )
+from pallas_kernels.permute import combine_rows, gather_rows
 
 __all__ = [
     "attention",
     "attention_backward",
     "attention_forward",
     "block_scaled_matmul",
+    "combine_rows",
     "cross_entropy",
     "cross_entropy_sum",
+    "gather_rows",
     "group_starts",
     "grouped_matmul",
     "grouped_matmul_dw",

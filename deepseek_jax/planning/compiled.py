@@ -221,7 +221,17 @@ def most_expensive(conditional: Instruction) -> list[float]:
 
 
 def flops(program: CompiledProgram, computation: str | None = None, shares: Shares = most_expensive) -> float:
-    """Of all matrix products that one run of a computation (default: the program) does; a multiply-add is two.
+    """Of all matrix products that one run of a computation (default: the program) does; a multiply-add is two."""
+    return total(program, product_flops, computation, shares)
+
+
+def total(
+    program: CompiledProgram,
+    cost: Callable[[Computation, Instruction], float],
+    computation: str | None = None,
+    shares: Shares = most_expensive,
+) -> float:
+    """The cost of every instruction that one run of a computation (default: the program) does.
 
     A loop counts as often as it turns, once where the compiler does not know (grouped products on a CPU, whose number
     of blocks depends on the data).
@@ -232,7 +242,7 @@ def flops(program: CompiledProgram, computation: str | None = None, shares: Shar
         here = program.computations.get(name)
         if here is None:
             return 0.0
-        return sum(product_flops(here, one) + called(one) for one in here.instructions)
+        return sum(cost(here, one) + called(one) for one in here.instructions)
 
     def called(one: Instruction) -> float:
         if not one.called:
@@ -272,6 +282,51 @@ def count_collectives(program: CompiledProgram) -> dict[str, int]:
             if one.kind in found and not one.opcode.endswith(("-done", "-update")):
                 found[one.kind] += 1
     return {name: count for name, count in found.items() if count}
+
+
+def collective_bytes(program: CompiledProgram) -> dict[str, float]:
+    """Bytes of the results of every kind of collective in one run of a program, on one device; see `total`."""
+
+    def of_kind(kind: str) -> Callable[[Computation, Instruction], float]:
+        def cost(here: Computation, one: Instruction) -> float:
+            if one.kind != kind or one.opcode.endswith(("-done", "-update")):
+                return 0.0
+            # The result of a start has the operands before the results.
+            operands = sum(operand.bytes for operand in here.operands(one)) if one.opcode.endswith("-start") else 0
+            return max(one.bytes - operands, 0)
+
+        return cost
+
+    found = {kind: total(program, of_kind(kind)) for kind in COLLECTIVES}
+    return {kind: moved for kind, moved in found.items() if moved}
+
+
+def largest_arrays(program: CompiledProgram, count: int = 8) -> list[tuple[Instruction, Array]]:
+    """The largest arrays that instructions make, each shape once, largest first; not what merely names others' arrays.
+
+    Several of one shape may be there at a time, and not every one is a buffer of its own.
+    """
+    naming = (
+        "parameter",
+        "get-tuple-element",
+        "tuple",
+        "bitcast",
+        "while",
+        "conditional",
+        "call",
+        "optimization-barrier",
+    )
+    fused = {
+        name for c in program.computations.values() for i in c.instructions if i.kind == "fusion" for name in i.called
+    }
+    found: dict[Array, Instruction] = {}
+    for name, computation in program.computations.items():
+        for one in () if name in fused else computation.instructions:
+            if one.opcode not in naming:
+                for array in one.arrays:
+                    found.setdefault(array, one)
+    ranked = sorted(found.items(), key=lambda item: (-item[0].bytes, item[0]))
+    return [(one, array) for array, one in ranked[:count]]
 
 
 def copies_of(program: CompiledProgram, computation: str, shapes: set[Array]) -> list[Instruction]:

@@ -36,7 +36,18 @@ from deepseek_jax import ops
 from deepseek_jax.precision import probe
 from deepseek_jax.precision.policy import Fp8Config
 from deepseek_jax.precision.products import Products
-from pallas_kernels.quantize import GRADIENT_AMAX, Quantized, quantize, quantize_e5m6, requantize
+from pallas_kernels.implementation import accumulator
+from pallas_kernels.quantize import (
+    GRADIENT_AMAX,
+    Quantized,
+    quantize,
+    quantize_both,
+    quantize_e5m6,
+    quantize_swiglu,
+    requantize,
+    swiglu_backward,
+    swiglu_output,
+)
 
 ALIGNMENT = 128
 """Groups of rows start at multiples of this, so that no tile of 128×1 has rows of two experts."""
@@ -75,13 +86,39 @@ class _Layer:
         return rows, columns
 
     def _tiled_gradients(self, dy: Array) -> tuple[Quantized, Quantized]:
-        dtype = jnp.float8_e4m3fn if self.config.gradient_format == "e4m3" else jnp.float8_e5m2
-        how: Any = {"power_of_two": self._powers(self.travelled_dy), "smallest_amax": GRADIENT_AMAX, "dtype": dtype}
+        how: Any = {"power_of_two": self._powers(self.travelled_dy), "smallest_amax": GRADIENT_AMAX}
+        if (self.config.gradients, self.config.gradient_format, self.travelled_dy) == ("tile", "e4m3", False):
+            return quantize_both(dy, **how)
+        how["dtype"] = jnp.float8_e4m3fn if self.config.gradient_format == "e4m3" else jnp.float8_e5m2
         if self.config.gradients == "block":
             blocks = quantize(dy, (128, 128), **how)
             return blocks, blocks
         rows = _rounded(dy, self.config.gradients, (1, 128), **how)
         return rows, _rounded(rows if self.travelled_dy else dy, self.config.gradients, (128, 1), **how)
+
+    def swiglu(self, gate_up: Array, weights: Array | None) -> tuple[Quantized, Quantized]:
+        """SwiGLU's output in the tiles of Fprop, and its input as it is kept."""
+        output, kept = quantize_swiglu(gate_up, weights, power_of_two=self.config.power_of_two_scales)
+        values = swiglu_output(gate_up, weights)  # Of which nothing is computed unless it is compared.
+        if self.config.activations != "tile":
+            output = self.input(values)
+        else:
+            probe.report("x for Fprop", self.matrix, values, output)
+        probe.report("SwiGLU's input, kept", self.matrix, gate_up, kept)
+        return output, kept
+
+    def swiglu_gradients(
+        self, kept: Quantized, dhidden: Array, weights: Array | None
+    ) -> tuple[Array, Array | None, Quantized]:
+        """The gradients of SwiGLU's input and of the weights, and its output, made again, in the tiles of Wgrad."""
+        found = swiglu_backward(kept, dhidden, weights, power_of_two=self.config.power_of_two_scales)
+        values = swiglu_output(kept.dequantize(accumulator(dhidden)), weights).astype(dhidden.dtype)
+        output = found.hidden
+        if self.config.activations != "tile":
+            output = self.retiled_input(values)
+        else:
+            probe.report("x for Wgrad", self.matrix, values, output)
+        return found.gate_up, found.weights, output
 
     def _powers(self, of_paper: bool) -> bool:
         return of_paper or self.config.power_of_two_scales
@@ -171,33 +208,25 @@ def routed_swiglu_linear(
     return _swiglu_linear(layer, gate_up, weights, w, quantized, group_sizes)
 
 
-def _hidden(gate_up: Array, weights: Array | None) -> Array:
-    """The input of the down projection."""
-    hidden = ops.swiglu(gate_up)
-    # In the weights' dtype, float32 or wider, because a weight's gradient is a sum over the row.
-    return hidden if weights is None else (hidden * weights[:, None]).astype(gate_up.dtype)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _swiglu_linear(layer: _Layer, gate_up, weights, w, quantized, group_sizes):
     return _swiglu_forward(layer, gate_up, weights, w, quantized, group_sizes)[0]
 
 
 def _swiglu_forward(layer: _Layer, gate_up, weights, w, quantized, group_sizes):
-    y = layer.products.forward(layer.input(_hidden(gate_up, weights)), quantized, group_sizes, gate_up.dtype)
-    kept = quantize(gate_up, (1, 128), power_of_two=layer.config.power_of_two_scales)
-    probe.report("SwiGLU's input, kept", layer.matrix, gate_up, kept)
+    output, kept = layer.swiglu(gate_up, weights)
+    y = layer.products.forward(output, quantized, group_sizes, gate_up.dtype)
     kept = ops.named(kept, "gate_up")
     return y, (kept, weights, quantized, group_sizes, _Like(gate_up.dtype), _Like(w.dtype))
 
 
 def _swiglu_backward(layer: _Layer, kept, dy):
     gate_up, weights, quantized, group_sizes, like, like_w = kept
-    hidden, pull = jax.vjp(_hidden, gate_up.dequantize(like.dtype), weights)
     rows, columns = layer.gradients(dy)
-    dgate_up, dweights = pull(layer.products.input_gradient(rows, quantized, group_sizes, like.dtype))
-    dw = layer.products.weight_gradient(layer.retiled_input(hidden), columns, group_sizes, like_w.dtype)
-    return dgate_up, dweights, dw, None, None
+    dhidden = layer.products.input_gradient(rows, quantized, group_sizes, like.dtype)
+    dgate_up, dweights, hidden = layer.swiglu_gradients(gate_up, dhidden, weights)
+    dw = layer.products.weight_gradient(hidden, columns, group_sizes, like_w.dtype)
+    return dgate_up, None if weights is None else dweights.astype(weights.dtype), dw, None, None
 
 
 _swiglu_linear.defvjp(_swiglu_forward, _swiglu_backward)

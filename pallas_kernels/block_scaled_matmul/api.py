@@ -33,7 +33,7 @@ def block_scaled_matmul(
       implementation: "reference" (one product per 128 of K: the meaning), "dequantize" (portable: one float32 product
         of the dequantised matrices), "14_bits" (for study: what `matmul_14_bits` makes of them without promotion),
         "mosaic_gpu" (the kernel for Hopper, for all three products in E4M3), or None for the best that is supported
-        here, among which "mosaic_gpu" will be once it has run on a GPU.
+        here, see `pallas_kernels.implementation`.
 
     Returns:
       `[M, N]` of `out_dtype`.
@@ -47,7 +47,7 @@ def block_scaled_matmul(
         raise ValueError(f"block_scaled_matmul needs a [M, K] and b [K, N], not {a.shape} and {b.shape}")
     check_tile("block_scaled_matmul", "a", a, ((1, 128), (128, 128), None))
     check_tile("block_scaled_matmul", "b", b, ((128, 1), (128, 128), None))
-    implementations = {"dequantize": portable, "reference": reference, "14_bits": tensor_core, "mosaic_gpu": mosaic_gpu}
+    implementations = {"mosaic_gpu": mosaic_gpu, "dequantize": portable, "reference": reference, "14_bits": tensor_core}
     obstacles = dict.fromkeys(implementations) | {"mosaic_gpu": mosaic_gpu.supported(a, b)}
     name = choose("block_scaled_matmul", implementation, obstacles)
     return implementations[name].block_scaled_matmul(a, b, jnp.dtype(out_dtype))

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 
+from pallas_kernels.device_tables import Matmul, measured_config
 from pallas_kernels.quantize.reference import Tile
 
 BLOCK = 128
@@ -215,3 +216,28 @@ def default_config(
                 stages = min(config.most_stages(out_dtype), MOST_STAGES)
                 configs.append(dataclasses.replace(config, stages=stages))
     return min(configs, key=lambda config: rounds(config, m, n, sms, groups) * max(step_cycles(config, m).values()))
+
+
+def config_for(
+    m: int,
+    n: int,
+    k: int,
+    out_dtype: jnp.dtype,
+    sms: int,
+    *,
+    b_tile: Tile = (BLOCK, BLOCK),
+    groups: Groups | None = None,
+) -> MatmulConfig:
+    """The config that was the fastest for a result `[m, n]` of sums over k on the target device, or the default."""
+    measured = measured_config(matmul(m, n, k, out_dtype, b_tile=b_tile, groups=groups))
+    if measured:
+        return MatmulConfig(**measured, b_tile=b_tile)
+    return default_config(m, n, out_dtype, sms, b_tile=b_tile, groups=groups)
+
+
+def matmul(
+    m: int, n: int, k: int, out_dtype: jnp.dtype, *, b_tile: Tile = (BLOCK, BLOCK), groups: Groups | None = None
+) -> Matmul:
+    """A product in E4M3, as tables of devices name it."""
+    columns_scaled, along = b_tile == (BLOCK, 1), None if groups is None else dataclasses.astuple(groups)
+    return Matmul(m, n, k, "float8_e4m3fn", jnp.dtype(out_dtype).name, columns_scaled, groups=along)

@@ -60,9 +60,10 @@ import numpy as np
 from jax import Array, lax
 
 from pallas_kernels.block_scaled_matmul import pipeline
-from pallas_kernels.block_scaled_matmul.config import BLOCK, ROWS, Groups, MatmulConfig, TileConfig, default_config
+from pallas_kernels.block_scaled_matmul.config import BLOCK, ROWS, Groups, MatmulConfig, TileConfig, config_for
 from pallas_kernels.implementation import not_hopper, one_at_a_time
 from pallas_kernels.quantize import Quantized
+from pallas_kernels.target import target
 
 B_TILES = ((BLOCK, BLOCK), (BLOCK, 1))
 INTERPRETED_WHOLE = jax.__version_info__ >= (0, 11, 2)
@@ -98,7 +99,7 @@ def block_scaled_matmul(
       a: Activations, or gradients of them; transposed for Wgrad.
       b: A weight, or gradients; see the module on how its codes should lie in memory.
       out_dtype: bfloat16 or float32.
-      config: How the work is cut; None for the default of this size.
+      config: How the work is cut; None for what was measured on this device, or the default of this size.
       sms: Blocks of threads, one for each SM; None for as many as the device has.
       interpret: Pallas' `InterpretGPUParams`, to run on a CPU; None for the GPU.
 
@@ -112,8 +113,8 @@ def block_scaled_matmul(
     (m, k), n = a.shape, b.shape[1]
     if 0 in (m, k, n):
         return jnp.zeros((m, n), out_dtype)
-    sms = sms or jax.devices()[0].core_count
-    config = config or default_config(m, n, out_dtype, sms, b_tile=b.tile)
+    sms = sms or target().sms
+    config = config or config_for(m, n, k, out_dtype, sms, b_tile=b.tile)
     check_tile("block_scaled_matmul", config, b)
     check_config("block_scaled_matmul", config, out_dtype, interpret)
     return scaled_product(a, b, out_dtype, config, None, (), sms, interpret)

@@ -49,7 +49,7 @@ def grouped_matmul(
       out_dtype: None for x's dtype, or for bfloat16 where x is Quantized (else it is that or float32).
       implementation: "reference" (dense in G: an oracle for small sizes), "blocked" (portable), "mosaic_gpu" (kernels
         for Hopper: arrays of bfloat16, or E4M3 in tiles of 1×128 and 128×128), or None for the best that is supported
-        here, among which "mosaic_gpu" will be once it has run on a GPU.
+        here, see `pallas_kernels.implementation`.
 
     Returns:
       `[M, N]` of `out_dtype`, accumulated in float32 or wider; zero in padding rows. An empty group's matrix gets an
@@ -152,7 +152,7 @@ def _check(op, operands, alignment):
 
 
 def _choose(op, implementation, x, other, out_dtype):
-    obstacles = {"blocked": None, "reference": None, "mosaic_gpu": mosaic_gpu.supported(x, other, out_dtype)}
+    obstacles = {"mosaic_gpu": mosaic_gpu.supported(x, other, out_dtype), "blocked": None, "reference": None}
     return choose(op, implementation, obstacles)
 
 

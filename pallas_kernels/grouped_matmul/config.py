@@ -17,6 +17,7 @@ from pallas_kernels.block_scaled_matmul.config import (
     TileConfig,
     rounds,
 )
+from pallas_kernels.device_tables import Matmul, measured_config
 
 STEP = 64
 """Along K: 128 bytes of bfloat16."""
@@ -68,3 +69,17 @@ def default_array_config(m: int, n: int, out_dtype: jnp.dtype, sms: int, groups:
                 if stages >= 3:
                     configs.append(dataclasses.replace(config, stages=stages))
     return min(configs, key=lambda config: rounds(config, m, n, sms, groups) * max(array_step_cycles(config).values()))
+
+
+def array_config_for(
+    m: int, n: int, k: int, out_dtype: jnp.dtype, sms: int, groups: Groups, transposed: bool
+) -> ArrayConfig:
+    """The config that was the fastest for results `[m, n]` of sums over k on the target device, or the default."""
+    measured = measured_config(array_matmul(m, n, k, out_dtype, groups, transposed))
+    return ArrayConfig(**measured) if measured else default_array_config(m, n, out_dtype, sms, groups)
+
+
+def array_matmul(m: int, n: int, k: int, out_dtype: jnp.dtype, groups: Groups, transposed: bool) -> Matmul:
+    """A product in bfloat16, as tables of devices name it; `transposed` matrices lie `[G, N, K]`."""
+    of_groups = dataclasses.astuple(groups)
+    return Matmul(m, n, k, "bfloat16", jnp.dtype(out_dtype).name, transposed=transposed, groups=of_groups)

@@ -7,13 +7,18 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from pallas_kernels import device_tables
+from pallas_kernels.implementation import not_hopper
+
 
 def preferred_alignment() -> int:
     """Rows at whose multiples a dispatcher should start groups, for `grouped_matmul` to be fastest here.
 
-    The blocked implementation gains nothing from padding, and every gather and activation around it would pay for it.
+    The blocked implementation gains nothing from padding, and every gather and activation around it would pay for it. A
+    kernel computes a tile of rows once for each group in it.
     """
-    return 1
+    kernel = not_hopper() is None and device_tables.unproven("grouped_matmul") is None
+    return 128 if kernel else 1
 
 
 def group_starts(group_sizes: Array, alignment: int = 1) -> Array:

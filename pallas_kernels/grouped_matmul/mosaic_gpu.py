@@ -18,18 +18,18 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.block_scaled_matmul import mosaic_gpu as block_scaled
-from pallas_kernels.block_scaled_matmul.config import BLOCK, Groups, MatmulConfig, TileConfig, default_config
+from pallas_kernels.block_scaled_matmul.config import BLOCK, Groups, MatmulConfig, TileConfig, config_for
 from pallas_kernels.grouped_matmul import mosaic_arrays
-from pallas_kernels.grouped_matmul.config import ArrayConfig, default_array_config
+from pallas_kernels.grouped_matmul.config import ArrayConfig, array_config_for
 from pallas_kernels.grouped_matmul.groups import group_starts, rows_of_groups, tile_visits
 from pallas_kernels.grouped_matmul.vjp import Products
 from pallas_kernels.implementation import not_hopper
 from pallas_kernels.quantize import Quantized
+from pallas_kernels.target import target
 
 DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
 """Of results."""
@@ -74,8 +74,8 @@ def rows_by_matrices(
       alignment: Groups start at multiples of this.
       out_dtype: bfloat16 or float32.
       contract: Which axis of w is summed over.
-      config: How the work is cut: a `MatmulConfig` for quantised operands, an `ArrayConfig` for arrays; None for the
-        default of this size.
+      config: How the work is cut: a `MatmulConfig` for quantised operands, an `ArrayConfig` for arrays; None for
+        what was measured on this device, or the default of this size.
       sms: Blocks of threads, one for each SM; None for as many as the device has.
       interpret: Pallas' `InterpretGPUParams`, to run on a CPU; None for the GPU.
 
@@ -87,8 +87,8 @@ def rows_by_matrices(
     m, count, n = x.shape[0], w.shape[0], w.shape[3 - contract]
     if 0 in (*x.shape, *w.shape):
         return jnp.zeros((m, n), out_dtype)
-    groups, sms = Groups("rows", count, alignment), sms or jax.devices()[0].core_count
-    config = _config(op, config, w, m, n, out_dtype, sms, groups, interpret)
+    groups, sms = Groups("rows", count, alignment), sms or target().sms
+    config = _config(op, config, w, (m, n, w.shape[contract]), out_dtype, sms, groups, contract == 2, interpret)
     tables = tile_visits(group_sizes, alignment, m, config.tile_m)
     if isinstance(config, MatmulConfig):
         b = w if contract == 1 else w.T
@@ -119,8 +119,8 @@ def rows_by_rows(
     (m, k), n, count = x.shape, dy.shape[1], group_sizes.shape[0]
     if 0 in (m, k, n, count):
         return jnp.zeros((count, k, n), out_dtype)
-    groups, sms = Groups("depth", count, alignment), sms or jax.devices()[0].core_count
-    config = _config("grouped_matmul_dw", config, dy, k, n, out_dtype, sms, groups, interpret)
+    groups, sms = Groups("depth", count, alignment), sms or target().sms
+    config = _config("grouped_matmul_dw", config, dy, (k, n, m), out_dtype, sms, groups, False, interpret)
     starts = group_starts(group_sizes, alignment)
     tables = (jnp.stack([starts, starts + group_sizes], 1).astype(jnp.int32),)
     if not (isinstance(x, Quantized) and isinstance(dy, Quantized)):
@@ -149,12 +149,12 @@ def products(config: TileConfig | None = None, sms: int | None = None, interpret
     return Products(by_matrices, by_rows)
 
 
-def _config(op, config, b, m, n, out_dtype, sms, groups, interpret):
-    """The config for a product by b, or the default of its results' size `[m, n]`; ValueError if it does not fit."""
+def _config(op, config, b, size, out_dtype, sms, groups, transposed, interpret):
+    """The config for a product by b of `size` (m, n, k), given or chosen; ValueError if it does not fit."""
     if isinstance(b, Quantized):
-        config = config or default_config(m, n, out_dtype, sms, b_tile=b.tile, groups=groups)
+        config = config or config_for(*size, out_dtype, sms, b_tile=b.tile, groups=groups)
     else:
-        config = config or default_array_config(m, n, out_dtype, sms, groups)
+        config = config or array_config_for(*size, out_dtype, sms, groups, transposed)
     wanted = MatmulConfig if isinstance(b, Quantized) else ArrayConfig
     if not isinstance(config, wanted):
         raise ValueError(f"{op} needs a config that is a {wanted.__name__} for these operands, not {config}")

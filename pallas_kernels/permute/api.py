@@ -32,7 +32,7 @@ def gather_rows(
       index: `[R]` integers; a row whose index is below 0 or at least T is zeros (quantised: codes and scales).
       inverse: `[T, K]` integers, the rows of each token: with it the gradient is `combine_rows`, whose limits hold too.
       implementation: "reference", "portable", "mosaic_gpu" (the kernel for Hopper: bfloat16, float32 or quantised), or
-        None for the best that is supported here, among which "mosaic_gpu" will be once it has run on a GPU.
+        None for the best that is supported here, see `pallas_kernels.implementation`.
 
     Returns:
       `[R, D]` of x's dtype, or Quantized as x is. It can be differentiated for arrays; a Quantized has no gradient.
@@ -50,7 +50,7 @@ def gather_rows(
         _check_table("gather_rows", "inverse", inverse, 2, codes.shape[0])
     _check_float("gather_rows", "x", codes)
     choices = 0 if inverse is None else inverse.shape[1]
-    obstacles = {"portable": None, "reference": None, "mosaic_gpu": mosaic_gpu.supported(codes, choices)}
+    obstacles = {"mosaic_gpu": mosaic_gpu.supported(codes, choices), "portable": None, "reference": None}
     name = choose("gather_rows", implementation, obstacles)
     if isinstance(x, Quantized):
         if inverse is not None:
@@ -97,7 +97,7 @@ def combine_rows(
     _check_float("combine_rows", "rows", rows)
     if weights is not None:
         _check_float("combine_rows", "weights", weights)
-    obstacles = {"portable": None, "reference": None, "mosaic_gpu": mosaic_gpu.supported(rows, slots.shape[1])}
+    obstacles = {"mosaic_gpu": mosaic_gpu.supported(rows, slots.shape[1]), "portable": None, "reference": None}
     name = choose("combine_rows", implementation, obstacles)
     if name == "reference":
         return reference.combine_rows(rows, slots, weights)

@@ -34,6 +34,7 @@ from pallas_kernels.implementation import not_hopper
 from pallas_kernels.permute.config import LINE, PermuteConfig, backward_config, combine_config, gather_config
 from pallas_kernels.permute.persistent import Items, persistent_kernel, run_items
 from pallas_kernels.permute.tables import past_the_end
+from pallas_kernels.target import target
 
 MOST_CHOICES = 16
 """The most rows of a token: each holds two registers, and a stage of shared memory has them all."""
@@ -80,7 +81,7 @@ def gather_rows(
         return jnp.zeros((index.shape[0], x.shape[1]), x.dtype)
     config = config or gather_config(x.shape[1], x.dtype)
     config.check("gather_rows", x.dtype, chunks=config.rows, results=0)
-    return _gather(x, past_the_end(index, x.shape[0]), config, sms or _sms(), interpret)
+    return _gather(x, past_the_end(index, x.shape[0]), config, sms or target().sms, interpret)
 
 
 def combine_rows(
@@ -110,7 +111,7 @@ def combine_rows(
     slots = past_the_end(slots, rows.shape[0])
     if weights is not None:  # What is not there is zeros, and times NaN it would not be.
         weights = jnp.where(slots < rows.shape[0], weights, 0).astype(jnp.float32)
-    return _combine(rows, slots, weights, config, sms or _sms(), interpret)
+    return _combine(rows, slots, weights, config, sms or target().sms, interpret)
 
 
 def gather_rows_and_dots(
@@ -138,12 +139,8 @@ def gather_rows_and_dots(
     index = past_the_end(index, dy.shape[0])
     there = index < dy.shape[0]
     weights = jnp.where(there, weights, 0).astype(jnp.float32)
-    drows, dots = _gather_and_dot(dy, index, weights, rows, config, sms or _sms(), interpret)
+    drows, dots = _gather_and_dot(dy, index, weights, rows, config, sms or target().sms, interpret)
     return drows, jnp.where(there, dots, 0)
-
-
-def _sms():
-    return jax.devices()[0].core_count
 
 
 # --- the kernels ------------------------------------------------------------------------------------------------------

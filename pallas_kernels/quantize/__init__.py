@@ -7,7 +7,7 @@ from pallas_kernels.quantize.api import (
     requantize,
 )
 from pallas_kernels.quantize.e5m6 import PackedE5M6, pack_e5m6, quantize_e5m6, unpack_e5m6
-from pallas_kernels.quantize.swiglu import SwigluGradients, quantize_swiglu, swiglu_backward
+from pallas_kernels.quantize.swiglu import SwigluGradients, quantize_swiglu, swiglu_backward, swiglu_output
 
 __all__ = [
     "GRADIENT_AMAX",
@@ -22,5 +22,6 @@ __all__ = [
     "quantize_weight",
     "requantize",
     "swiglu_backward",
+    "swiglu_output",
     "unpack_e5m6",
 ]

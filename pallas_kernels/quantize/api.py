@@ -97,7 +97,7 @@ def quantize(
       scale: For a comparison, with tile None: this scale for all, whatever the values are. Those beyond the format's
         range are clipped, those below it become zero; 1 is a plain cast.
       implementation: "reference", "mosaic_gpu" (the kernel for Hopper: matrices of bfloat16 or float32 to E4M3 in
-        tiles), or None for the best that is supported here, among which "mosaic_gpu" will be once it has run on a GPU.
+        tiles), or None for the best that is supported here, see `pallas_kernels.implementation`.
 
     Raises:
       ValueError: if x is no array of float matrices, tile or dtype is unknown, the implementation is unknown or not
@@ -111,7 +111,7 @@ def quantize(
         raise ValueError(f"quantize: dtype must be float8_e4m3fn or float8_e5m2, not {jnp.dtype(dtype)}")
     if scale is not None and (tile is not None or not 0 < scale < float("inf")):
         raise ValueError(f"quantize: a given scale is positive, and for tile None: scale={scale}, tile={tile}")
-    obstacles = {"reference": None, "mosaic_gpu": mosaic_gpu.supported(x, jnp.dtype(dtype), tile, smallest_amax)}
+    obstacles = {"mosaic_gpu": mosaic_gpu.supported(x, jnp.dtype(dtype), tile, smallest_amax), "reference": None}
     if choose("quantize", implementation, obstacles) == "mosaic_gpu" and tile is not None:
         codes, scales = mosaic_gpu.quantize(x, tile, power_of_two, float(smallest_amax))
     else:
@@ -158,7 +158,7 @@ def _choose_for_matrix(op, x, tile, smallest_amax, implementation):
     if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{op} needs a matrix of a float dtype, not {x.shape} of {x.dtype}")
     obstacle = mosaic_gpu.supported(x, jnp.dtype(jnp.float8_e4m3fn), tile, smallest_amax)
-    return choose(op, implementation, {"reference": None, "mosaic_gpu": obstacle})
+    return choose(op, implementation, {"mosaic_gpu": obstacle, "reference": None})
 
 
 def requantize(
@@ -180,7 +180,7 @@ def requantize(
     """
     dtype = jnp.dtype(q.codes.dtype if dtype is None else dtype)
     obstacle = mosaic_gpu_requantize.supported(q.codes, q.tile, tile, dtype, smallest_amax)
-    name = choose("requantize", implementation, {"reference": None, "mosaic_gpu": obstacle})
+    name = choose("requantize", implementation, {"mosaic_gpu": obstacle, "reference": None})
     if name == "mosaic_gpu":
         transposed, scales = mosaic_gpu_requantize.requantize_columns(
             q.codes, q.scales, power_of_two, float(smallest_amax)

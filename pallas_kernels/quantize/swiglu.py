@@ -52,8 +52,7 @@ def quantize_swiglu(
       power_of_two: As for `quantize`.
       smallest_amax: As for `quantize`.
       implementation: "reference", "mosaic_gpu" (the kernel for Hopper, which reads gate_up once: bfloat16 or float32, F
-        in multiples of 128), or None for the best that is supported here, among which "mosaic_gpu" will be once it has
-        run on a GPU.
+        in multiples of 128), or None for the best that is supported here, see `pallas_kernels.implementation`.
 
     Raises:
       ValueError: if shapes or dtypes make no sense, or the implementation is unknown or not supported here.
@@ -63,13 +62,13 @@ def quantize_swiglu(
         raise ValueError(f"quantize_swiglu needs gate_up [T, 2F] of floats, not {gate_up.shape} of {gate_up.dtype}")
     _check_weights("quantize_swiglu", weights, rows)
     obstacle = mosaic_gpu_swiglu.supported(gate_up, smallest_amax)
-    name = choose("quantize_swiglu", implementation, {"reference": None, "mosaic_gpu": obstacle})
+    name = choose("quantize_swiglu", implementation, {"mosaic_gpu": obstacle, "reference": None})
     if name == "mosaic_gpu":
         codes, scales, kept_codes, kept_scales = mosaic_gpu_swiglu.quantize_swiglu(
             gate_up, weights, power_of_two, float(smallest_amax)
         )
         return Quantized(codes, scales, (1, 128)), Quantized(kept_codes, kept_scales, (1, 128))
-    values = hidden(gate_up.astype(accumulator(gate_up)), weights).astype(gate_up.dtype)
+    values = swiglu_output(gate_up, weights)
     output, kept = (
         quantize(x, (1, 128), power_of_two=power_of_two, smallest_amax=smallest_amax, implementation=name)
         for x in (values, gate_up)
@@ -108,21 +107,26 @@ def swiglu_backward(
         )
     _check_weights("swiglu_backward", weights, dhidden.shape[0])
     obstacle = mosaic_gpu_swiglu.supported(dhidden, smallest_amax, kept.codes)
-    name = choose("swiglu_backward", implementation, {"reference": None, "mosaic_gpu": obstacle})
+    name = choose("swiglu_backward", implementation, {"mosaic_gpu": obstacle, "reference": None})
     if name == "mosaic_gpu":
         dgate_up, dweights, transposed, scales = mosaic_gpu_swiglu.swiglu_backward(
             kept.codes, kept.scales, dhidden, weights, power_of_two, float(smallest_amax)
         )
         return SwigluGradients(dgate_up, dweights, Quantized(transposed.T, scales, (128, 1)))
     wide = accumulator(dhidden)
-    output, pull = jax.vjp(hidden, kept.dequantize(wide), None if weights is None else weights.astype(wide))
+    output, pull = jax.vjp(_hidden, kept.dequantize(wide), None if weights is None else weights.astype(wide))
     dgate_up, dweights = pull(dhidden.astype(wide))
     how: Any = {"power_of_two": power_of_two, "smallest_amax": smallest_amax, "implementation": name}
     columns = quantize(output.astype(dhidden.dtype), (128, 1), **how)
     return SwigluGradients(dgate_up.astype(dhidden.dtype), dweights, columns)
 
 
-def hidden(gate_up: Array, weights: Array | None) -> Array:
+def swiglu_output(gate_up: Array, weights: Array | None = None) -> Array:
+    """What `quantize_swiglu` quantises, `[T, F]` of gate_up's dtype: computed in float32 or wider, and rounded once."""
+    return _hidden(gate_up.astype(accumulator(gate_up)), weights).astype(gate_up.dtype)
+
+
+def _hidden(gate_up: Array, weights: Array | None) -> Array:
     """`silu(gate) · up`, `[T, F]` of gate_up's dtype, each row times its weight if there are any."""
     gate, up = jnp.split(gate_up, 2, axis=-1)
     values = jax.nn.silu(gate) * up

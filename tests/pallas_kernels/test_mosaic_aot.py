@@ -4,11 +4,9 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.block_scaled_matmul.config import BARRIERS, MatmulConfig, default_config
+from pallas_kernels.tune.products import ROWS, TOKENS, WEIGHTS
 from tools.kernels_aot import (
-    ROWS,
     SMS,
-    TOKENS,
-    WEIGHTS,
     CompiledKernel,
     compile_matmul,
     compile_wgrad,

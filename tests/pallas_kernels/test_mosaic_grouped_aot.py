@@ -7,10 +7,14 @@ import pytest
 from pallas_kernels.block_scaled_matmul.config import BARRIERS, BLOCK, MatmulConfig
 from pallas_kernels.grouped_matmul import mosaic_gpu
 from pallas_kernels.grouped_matmul.config import ArrayConfig
+from pallas_kernels.tune.products import BF16, E4M3, EXPERTS, GROUPS, Product
 from tools.kernels_aot import CLOCK, SMS, TILE_CYCLES, compile_kernel, on_h200, predict, read_kernel
-from tools.kernels_aot_grouped import BF16, GROUPS, WEIGHTS, Product, compile_product, predict_product
+from tools.kernels_aot_grouped import compile_product, predict_product
 
-E4M3 = jnp.dtype(jnp.float8_e4m3fn)
+
+def of_experts(name, operands, groups, weights):
+    """A grouped product: `groups` are how many and rows of each, `weights` N and K."""
+    return Product(name, groups[1], *weights, groups[0], operands)
 
 
 @pytest.mark.aot
@@ -30,7 +34,7 @@ E4M3 = jnp.dtype(jnp.float8_e4m3fn)
     ],
 )
 def test_tensor_cores_and_tma_are_used_and_nothing_is_spilled(name, operands, config):
-    product = Product(name, operands, *GROUPS[0], *WEIGHTS[0])
+    product = of_experts(name, operands, GROUPS[0], EXPERTS[0])
     kernel = compile_product(product, config)
     assert (kernel.spilled_bytes, kernel.serialized) == (0, 0)
     if product.quantized:
@@ -51,7 +55,7 @@ def test_tensor_cores_and_tma_are_used_and_nothing_is_spilled(name, operands, co
 @pytest.mark.aot
 def test_few_steps_along_k_are_not_unrolled_where_a_warpgroup_passes_over_them():
     """16 steps: what the compiler would unroll, and then spill."""
-    product = Product("Fprop", E4M3, *GROUPS[0], *WEIGHTS[1])
+    product = of_experts("Fprop", E4M3, GROUPS[0], EXPERTS[1])
     config = MatmulConfig(192, 128, stages=4, cluster=2)
     kernel = compile_product(product, config)
     assert kernel.spilled_bytes == 0
@@ -62,7 +66,7 @@ def test_few_steps_along_k_are_not_unrolled_where_a_warpgroup_passes_over_them()
 def test_groups_that_start_anywhere_are_the_same_kernel():
     """Two compilations, told apart by their number of groups: alignment is only what the tables say."""
     for groups, alignment in ((3, 1), (5, BLOCK)):
-        product = Product("Fprop", E4M3, groups, 200, 512, 512, alignment)
+        product = Product("Fprop", 200, 512, 512, groups, E4M3, alignment)
         kernel = compile_product(product, MatmulConfig(128, 128, stages=4))
         assert (kernel.spilled_bytes, kernel.wgmma_e4m3, kernel.code_copies) == (0, 8, 0)
 
@@ -90,14 +94,14 @@ def test_a_prediction_by_hand():
 
 
 def test_floors_by_hand_and_no_prediction_below_them():
-    product = Product("Wgrad", E4M3, 4, 8192, 4096, 7168)
-    times = predict_product(product, product.config())
+    product = Product("Wgrad", 8192, 4096, 7168, 4)
+    times = predict_product(product, product.default(SMS))
     assert times.arithmetic == pytest.approx(2 * 32768 * 4096 * 7168 / 1979e12)
     codes = 32768 * (4096 + 7168)
     assert times.memory == pytest.approx((codes + 4 * codes / 128 + 4 * 4 * 4096 * 7168) / 4.8e12)
     for name, operands in (("Fprop", E4M3), ("Wgrad", E4M3), ("Fprop", BF16), ("Dgrad", BF16), ("Wgrad", BF16)):
         for groups in GROUPS:
-            for weights in WEIGHTS:
-                product = Product(name, operands, *groups, *weights)
-                times = predict_product(product, product.config())
+            for weights in EXPERTS:
+                product = of_experts(name, operands, groups, weights)
+                times = predict_product(product, product.default(SMS))
                 assert times.kernel >= max(times.arithmetic, times.memory)

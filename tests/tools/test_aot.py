@@ -18,9 +18,10 @@ def test_devices_must_fill_their_hosts():
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ([], "usage: python -m tools.aot RECIPE"),
-        (["tiny.pretran"], "no recipe tiny.pretran. Did you mean tiny.pretrain?"),
-        (["tiny.pretrain", "--set=parallel.dat=2"], "parallel.dat"),
+        ([], "usage: python -m tools.aot --recipe NAME"),
+        (["--recipe=tiny.pretran"], "no recipe tiny.pretran. Did you mean tiny.pretrain?"),
+        (["--recipe=tiny.pretrain", "--set=parallel.dat=2"], "parallel.dat"),
+        (["--recipe=v3.pretrain", "--devices=1000"], "1,000 devices are no multiple of 1,024"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(arguments, line):

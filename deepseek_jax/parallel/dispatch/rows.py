@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax import ops
+
 
 def take_rows(x: jax.Array, index: jax.Array, fill=0) -> jax.Array:
     """Rows of x by index, `fill` where the index is past the end."""
+    if fill == 0 and x.ndim == 2 and jnp.issubdtype(x.dtype, jnp.floating):
+        return ops.gather_rows(x, index)
     return jnp.take(x, index, axis=0, mode="fill", fill_value=fill)
 
 
@@ -17,10 +22,8 @@ def sum_rows(rows: jax.Array, index: jax.Array) -> jax.Array:
     """`[M, ...]` -> `[T, ...]`: for each token the sum of the rows that index `[T, J]` names, nothing where it is past
     the end. Made in float32 or wider and rounded once.
     """
-    # One gather per column and a running sum: a gather of [T, J, ...] would be written out and read again.
-    wide = jnp.promote_types(rows.dtype, jnp.float32)
-    total = sum(take_rows(rows, index[:, column]).astype(wide) for column in range(index.shape[1]))
-    return jnp.asarray(total, rows.dtype)
+    matrix = rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))
+    return ops.combine_rows(matrix, index).reshape(index.shape[0], *rows.shape[1:])
 
 
 def transposed_by(function: jax.custom_vjp, transpose: Callable) -> None:
