@@ -12,6 +12,7 @@ import difflib
 import errno
 import importlib
 import importlib.util
+import logging
 import math
 import os
 import platform
@@ -214,6 +215,8 @@ def _run(
 ) -> int:
     from deepseek_jax.training.loop import train
 
+    if speaks:
+        show_choice_of_kernels()
     result = train(experiment, workdir=workdir, resume=resume, profile=profile)
     if result.status == "interrupted":
         number = getattr(result, "signal", None) or signal.SIGINT
@@ -333,6 +336,14 @@ def keep_freed_memory() -> None:
     # Numbers of malloc.h. One arena, since only the main one can grow without mmap; never mmap; never trim.
     arena_max, mmap_max, top_pad, trim_threshold = -8, -4, -2, -1
     _set_malloc({arena_max: 1, mmap_max: 0, top_pad: 64 << 20, trim_threshold: -1})
+
+
+def show_choice_of_kernels() -> None:
+    """Has `pallas_kernels` say on stderr which kernels it chooses; on a CPU it has none and says nothing."""
+    log = logging.getLogger("pallas_kernels")
+    log.setLevel(logging.INFO)
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
 
 
 def return_freed_memory() -> None:

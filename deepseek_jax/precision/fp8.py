@@ -99,11 +99,10 @@ class _Layer:
     def swiglu(self, gate_up: Array, weights: Array | None) -> tuple[Quantized, Quantized]:
         """SwiGLU's output in the tiles of Fprop, and its input as it is kept."""
         output, kept = quantize_swiglu(gate_up, weights, power_of_two=self.config.power_of_two_scales)
-        values = swiglu_output(gate_up, weights)  # Of which nothing is computed unless it is compared.
         if self.config.activations != "tile":
-            output = self.input(values)
+            output = self.input(swiglu_output(gate_up, weights))
         else:
-            probe.report("x for Fprop", self.matrix, values, output)
+            probe.report("x for Fprop", self.matrix, lambda: swiglu_output(gate_up, weights), output)
         probe.report("SwiGLU's input, kept", self.matrix, gate_up, kept)
         return output, kept
 
@@ -112,12 +111,15 @@ class _Layer:
     ) -> tuple[Array, Array | None, Quantized]:
         """The gradients of SwiGLU's input and of the weights, and its output, made again, in the tiles of Wgrad."""
         found = swiglu_backward(kept, dhidden, weights, power_of_two=self.config.power_of_two_scales)
-        values = swiglu_output(kept.dequantize(accumulator(dhidden)), weights).astype(dhidden.dtype)
+
+        def made_again() -> Array:
+            return swiglu_output(kept.dequantize(accumulator(dhidden)), weights).astype(dhidden.dtype)
+
         output = found.hidden
         if self.config.activations != "tile":
-            output = self.retiled_input(values)
+            output = self.retiled_input(made_again())
         else:
-            probe.report("x for Wgrad", self.matrix, values, output)
+            probe.report("x for Wgrad", self.matrix, made_again, output)
         return found.gate_up, found.weights, output
 
     def _powers(self, of_paper: bool) -> bool:

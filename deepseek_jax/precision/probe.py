@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -81,13 +81,18 @@ def collecting() -> Iterator[list[Reading]]:
         _READINGS.reset(token)
 
 
-def report(role: str, matrix: tuple[int, ...], exact: Array | Quantized, rounded: Quantized | PackedE5M6) -> None:
+def report(
+    role: str,
+    matrix: tuple[int, ...],
+    exact: Array | Quantized | Callable[[], Array],
+    rounded: Quantized | PackedE5M6,
+) -> None:
     """Adds a reading of a tensor `[..., M, N]`, if somebody collects.
 
     Args:
       role: see `Reading`.
       matrix: see `Reading`.
-      exact: what was rounded.
+      exact: what was rounded, or a function that makes it, called only if somebody collects.
       rounded: what it became.
     """
     readings = _READINGS.get()
@@ -98,6 +103,7 @@ def report(role: str, matrix: tuple[int, ...], exact: Array | Quantized, rounded
         largest, name = float(kind.max), "E5M2" if kind.nexp == 5 else "E4M3"
     else:
         tile, largest, name = (1, 128), LARGEST, "E5M6"
+    exact = exact() if callable(exact) else exact
     values = exact.dequantize() if isinstance(exact, Quantized) else exact
     limits = spread(rounded.scales, tile, values.shape) * largest
     readings.append(Reading(_count(values, rounded.dequantize(), limits), matrix, role, tile, name))
