@@ -66,7 +66,10 @@ def pretrain_64() -> Experiment:
 
 def pretrain_8() -> Experiment:
     """The same run on one node of eight devices. None has the memory: a plan says what is lacking."""
-    return _lean(pretrain(), pipe=4, node=1, expert=2, schedule="one_f_one_b")
+    lean = _lean(pretrain(), pipe=4, node=1, expert=2, schedule="one_f_one_b")
+    return dataclasses.replace(
+        lean, planned_only="no eight devices have the memory for 671B parameters and their state"
+    )
 
 
 def extend_32k() -> Experiment:
@@ -83,7 +86,8 @@ def extend_128k() -> Experiment:
     Devices have four sequences of a batch each, a few of them empty. A sequence is not split over devices, which this
     library cannot do yet: a stage's activations of 128K tokens fit on no device that there is.
     """
-    return _extension(length=131_072, rows=480)
+    reason = "a sequence of 128K is not split over devices yet, and a stage's activations of one fit on no device"
+    return dataclasses.replace(_extension(length=131_072, rows=480), planned_only=reason)
 
 
 def sft() -> Experiment:

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from deepseek_jax.config import ConfigError, require
 from deepseek_jax.parallel.pipeline.draw import trace, write_picture
 from deepseek_jax.parallel.pipeline.generators import GENERATORS, make_schedule
+from deepseek_jax.parallel.pipeline.put_off import with_less_put_off
 from deepseek_jax.parallel.pipeline.schedule import Cell, Schedule, cell_text
 from deepseek_jax.parallel.pipeline.simulate import Candidate, Costs, Sizes, Timeline, best, simulate
 from deepseek_jax.parallel.pipeline.text import read_schedule, write_schedule
@@ -158,14 +159,15 @@ def _schedule(options: argparse.Namespace) -> Schedule:
     """The schedule that the command line names."""
     if options.file is not None:
         given = {"a name": options.name, "--ranks": options.ranks, "--microbatches": options.microbatches}
-        given["--chunks"] = options.chunks
+        given |= {"--chunks": options.chunks, "--put-off": options.put_off}
         for what, value in given.items():
             require(value is None, f"--file says all of a schedule: leave out {what}")
         return read_schedule(options.file)
     require(options.name is not None, f"name a schedule ({', '.join(GENERATORS)}) or give one with --file")
     for what, value in {"--ranks": options.ranks, "--microbatches": options.microbatches}.items():
         require(value is not None, f"schedule {options.name} needs {what}")
-    return make_schedule(options.name, options.ranks, options.microbatches, chunks=options.chunks)
+    schedule = make_schedule(options.name, options.ranks, options.microbatches, chunks=options.chunks)
+    return schedule if options.put_off is None else with_less_put_off(schedule, options.put_off)
 
 
 def run(options: argparse.Namespace) -> Iterator[str]:
@@ -205,6 +207,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--ranks", type=int, help="pipeline ranks")
     parser.add_argument("--microbatches", type=int, help="of a step, both directions together")
     parser.add_argument("--chunks", type=int, help="stages on a rank, of an interleaved schedule (2)")
+    parser.add_argument("--put-off", type=int, metavar="N", help="at most so many weight gradients wait on a rank")
     parser.add_argument("--file", help="a schedule as text instead of a name; `parallel/pipeline/text.py` has the form")
     parser.add_argument("--costs", default="", metavar="F=1,B=1,W=1,FB=3,send=0", help="times in any one unit")
     parser.add_argument("--lock-step", action="store_true", help="draw, trace and compare lock-step ticks")

@@ -34,6 +34,9 @@ class ParallelConfig:
     dualpipe, dualpipe_v, or a text file of one's own that ends in .txt. With pipe 1 it does not matter."""
     chunks: int | None = None
     """Stages of each rank under interleaved_one_f_one_b; 2 where left out."""
+    put_off: int | None = None
+    """How many weight gradients may wait on a rank, of zb_h1, dualpipe and dualpipe_v: what waits for them can take
+    more memory than activations, and fewer make a longer bubble. None: as many as the schedule has."""
     overlap: Literal["off", "steady", "braid"] | None = None
     """How the ticks are run in which every pipeline rank does a forward and a backward: like all others; by a body of
     their own without conditionals, so that a compiler can hide the exchanges of one under the other's compute; or with
@@ -64,6 +67,10 @@ class ParallelConfig:
         require(
             self.microbatch_rows is None or self.microbatch_rows >= 1,
             f"parallel.microbatch_rows must be at least 1, not {self.microbatch_rows}",
+        )
+        require(
+            self.put_off is None or self.put_off >= 0,
+            f"parallel.put_off must be 0 or more, or none, not {self.put_off}",
         )
         require(self.capacity >= 1, f"parallel.capacity must be at least 1, not {self.capacity}")
         require(
@@ -98,7 +105,7 @@ class ParallelConfig:
     @property
     def schedule_choice(self) -> ScheduleChoice:
         """The schedule, for any number of microbatches."""
-        return ScheduleChoice(self.schedule, self.pipe, self.chunks)
+        return ScheduleChoice(self.schedule, self.pipe, self.chunks, self.put_off)
 
     @property
     def batch_shards(self) -> int:

@@ -27,7 +27,7 @@ class Compared:
 
 def with_schedule(job: Job, name: str) -> Job:
     """The job with another schedule, and its stages cut for that one."""
-    parallel = dataclasses.replace(job.parallel, schedule=name, chunks=None, layers_per_stage=None)
+    parallel = dataclasses.replace(job.parallel, schedule=name, chunks=None, put_off=None, layers_per_stage=None)
     return dataclasses.replace(job, parallel=parallel)
 
 

@@ -18,6 +18,8 @@ from deepseek_jax.precision.policy import V3_FP8, PrecisionPolicy
 
 SCHEDULES = ("one_f_one_b", "eager_one_f_one_b", "interleaved_one_f_one_b", "zb_h1", "dualpipe", "dualpipe_v")
 """GPipe keeps every microbatch and is as slow as 1F1B, so it is not among them."""
+PUT_OFF: dict[str, tuple[int | None, ...]] = dict.fromkeys(("zb_h1", "dualpipe", "dualpipe_v"), (None, 0))
+"""How many weight gradients may wait, of schedules that put some off; None: as many as the schedule has."""
 _PAIRED = ("eager_one_f_one_b", "dualpipe", "dualpipe_v")
 """Schedules with forwards beside backwards."""
 Recompute = Literal["none", "selective", "full"]
@@ -65,7 +67,7 @@ def search(job: Job, device: Device, count: int, *, top: int = 10, seconds: floa
         if lacks <= 0:
             fitting.append((least_seconds(one, device), tried, one, memory))
             continue
-        key = (one.parallel.shape, one.parallel.schedule)
+        key = (one.parallel.shape, one.parallel.schedule, one.parallel.put_off)
         if key not in lacking or lacks < lacking[key][0]:
             lacking[key] = (lacks, one, memory)
     heapq.heapify(fitting)
@@ -97,12 +99,13 @@ def candidates(job: Job, device: Device, count: int) -> Iterator[Job]:
     for mesh in meshes(job, device, count):
         for schedule in SCHEDULES if mesh["pipe"] > 1 else (job.parallel.schedule,):
             for rows in MICROBATCH_ROWS:
-                layout = dict(mesh, schedule=schedule, chunks=None, layers_per_stage=None, microbatch_rows=rows)
-                one = changed(job, **layout)
-                # Empty microbatches, and microbatches larger than a device's share, are never faster.
-                if one is None or one.microbatch_rows != rows or not _has_schedule(one):
-                    continue
-                yield from _variants(one)
+                for put_off in PUT_OFF.get(schedule, (None,)) if mesh["pipe"] > 1 else (None,):
+                    layout = dict(mesh, schedule=schedule, chunks=None, put_off=put_off, layers_per_stage=None)
+                    one = changed(job, **layout, microbatch_rows=rows)
+                    # Empty microbatches, and microbatches larger than a device's share, are never faster.
+                    if one is None or one.microbatch_rows != rows or not _has_schedule(one):
+                        continue
+                    yield from _variants(one)
 
 
 def _variants(job: Job) -> Iterator[Job]:
@@ -173,8 +176,8 @@ def smallest_that_fits(job: Job, device: Device, count: int) -> Job | None:
     precision = V3_FP8 if job.precision.compute == "bfloat16" else job.precision
     for doublings in range(13):
         for mesh in meshes(job, device, count << doublings):
-            lean = dict(mesh, schedule="one_f_one_b", chunks=None, layers_per_stage=None, microbatch_rows=1)
-            one = changed(job, precision=precision, recompute="full", zero=True, **lean)
+            lean = dict(mesh, schedule="one_f_one_b", chunks=None, put_off=None, layers_per_stage=None)
+            one = changed(job, precision=precision, recompute="full", zero=True, microbatch_rows=1, **lean)
             if one is not None and one.rows >= one.parallel.batch_shards and _fits(one, device):
                 return one
     return None
@@ -215,9 +218,12 @@ def _changes(job: Job, device: Device) -> Iterator[tuple[str, str, dict[str, Any
     if parallel.microbatch_rows != 1:
         yield "rows", "parallel.microbatch_rows=1", {"microbatch_rows": 1}
     if parallel.pipe > 1:
+        if parallel.schedule in PUT_OFF and parallel.put_off is None:
+            yield "schedule", "parallel.put_off=0", {"put_off": 0}
         for schedule in SCHEDULES:
             if schedule != parallel.schedule:
-                yield "schedule", f"parallel.schedule={schedule}", {"schedule": schedule, "chunks": None}
+                fields = {"schedule": schedule, "chunks": None, "put_off": None}
+                yield "schedule", f"parallel.schedule={schedule}", fields
     if parallel.data % 2 == 0:
         fields = {"data": parallel.data // 2, "pipe": 2 * parallel.pipe, "layers_per_stage": None}
         yield "mesh", _set("pipe", "data", fields), fields
@@ -274,6 +280,8 @@ def settings(job: Job) -> Iterable[str]:
     yield f"parallel.expert={parallel.expert}"
     if parallel.pipe > 1:
         yield f"parallel.schedule={parallel.schedule}"
+        if parallel.put_off is not None:
+            yield f"parallel.put_off={parallel.put_off}"
     yield f"parallel.microbatch_rows={job.microbatch_rows}"
     yield f"parallel.recompute={parallel.recompute}"
     yield f"parallel.zero={str(parallel.zero).lower()}"

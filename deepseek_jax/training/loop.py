@@ -108,6 +108,7 @@ def train(
     forget_corpora()  # an earlier run of this process may have read other files under these names
 
     # --- mesh and model: abstract, so that a wrong config costs nothing ---
+    experiment.check_runs()
     trainer = make_trainer(experiment)
     canonical.templates(trainer)  # an optimizer whose state cannot be saved is refused here
     store = CheckpointStore(

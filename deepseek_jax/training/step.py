@@ -92,7 +92,7 @@ class Trainer:
             "make_mesh",
         )
         self.model, self.placement, self.mesh, self.config = model, placement, mesh, config
-        self.schedule = ScheduleChoice(config.schedule, mesh.shape["pipe"], config.chunks)
+        self.schedule = ScheduleChoice(config.schedule, mesh.shape["pipe"], config.chunks, config.put_off)
         # A mesh without devices stands for GPUs; steady ticks send what braided ones do, and say more of what for.
         platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else None
         best: Overlap = "steady" if platform is None else "off" if platform == "cpu" else "braid"

@@ -22,6 +22,7 @@ class StepConfig:
     microbatch_rows: int | None = None
     schedule: str = "dualpipe"
     chunks: int | None = None
+    put_off: int | None = None
     overlap: Overlap | None = None
     recompute: Recompute = "selective"
     unroll_layers: int = 1
@@ -45,6 +46,7 @@ def step_config(experiment: Experiment) -> StepConfig:
         microbatch_rows=parallel.rows_at_once,
         schedule=parallel.schedule,
         chunks=parallel.chunks,
+        put_off=parallel.put_off,
         overlap=parallel.overlap,
         recompute=parallel.recompute,
         unroll_layers=parallel.unroll_layers,

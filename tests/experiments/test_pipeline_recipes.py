@@ -10,6 +10,7 @@ from deepseek_jax import zoo
 from deepseek_jax.config import ConfigError
 from deepseek_jax.config_io import override_all
 from deepseek_jax.parallel.pipeline.generators import GENERATORS
+from deepseek_jax.training.loop import train
 from deepseek_jax.training.opening import opening_lines
 from deepseek_jax.training.sharding_table import abstract_trainer
 from deepseek_jax.training.start import batch_sizes, check_pipeline
@@ -80,3 +81,13 @@ def test_a_batch_that_never_fits_is_refused_with_what_would():
         "way), not 24; the largest batch is 3072 rows "
         "over 128 devices in microbatches of 1: raise schedule.batch_rows to 4096 or choose another parallel.schedule"
     )
+
+
+@pytest.mark.parametrize("recipe", [v3.pretrain_8, v3.extend_128k])
+def test_what_can_only_be_planned_says_so_when_it_is_started(recipe, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"can be planned \(python -m tools.plan\) but not run: .*; to try all the same"
+    ):
+        train(recipe(), workdir=str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    override_all(recipe(), ["planned_only=none"]).check_runs()

@@ -58,7 +58,7 @@ def make(parallel: ParallelConfig, config=CONFIG, *, dtype=jnp.float64, optimize
     mesh = make_mesh(parallel, jax.devices()[: np.prod(parallel.shape)])
     placement = place(config, parallel.layers_per_stage, stage_map=parallel.schedule_choice.stage_map)
     step = {"compute_dtype": dtype, "balance_weight": 0.01, "microbatch_rows": parallel.microbatch_rows} | step
-    options = StepConfig(schedule=parallel.schedule, overlap=parallel.overlap, **step)
+    options = StepConfig(schedule=parallel.schedule, put_off=parallel.put_off, overlap=parallel.overlap, **step)
     return quickly(Trainer(Transformer(config), placement, mesh, optimizer, options))
 
 
@@ -111,6 +111,14 @@ def test_a_schedule_takes_the_steps_of_one_device(name, pipe, overlap):
         # So many that schedules of two slots have steady ticks.
         rows = 4 * pipe * parallel.batch_shards - 1
         assert_same_course(trainer, rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "pipe", "put_off"), [("dualpipe", 4, 0), ("dualpipe", 4, 1), ("zb_h1", 4, 1)])
+def test_fewer_weight_gradients_that_wait_change_nothing(name, pipe, put_off):
+    parallel = ParallelConfig(pipe=pipe, expert=2, schedule=name, put_off=put_off, microbatch_rows=1)
+    with jax.enable_x64(True):
+        assert_same_course(make(parallel), 4 * pipe * parallel.batch_shards - 1)
 
 
 @pytest.mark.slow

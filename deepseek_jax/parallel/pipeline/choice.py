@@ -7,6 +7,7 @@ import functools
 
 from deepseek_jax.config import ConfigError, require
 from deepseek_jax.parallel.pipeline.generators import make_schedule
+from deepseek_jax.parallel.pipeline.put_off import with_less_put_off
 from deepseek_jax.parallel.pipeline.schedule import Schedule, StageMap
 from deepseek_jax.parallel.pipeline.text import read_schedule
 
@@ -23,6 +24,8 @@ class ScheduleChoice:
     ranks: int
     chunks: int | None = None
     """Of an interleaved schedule."""
+    put_off: int | None = None
+    """How many weight gradients may wait on a rank; None: as many as the schedule has it."""
 
     def make(self, microbatches: int) -> Schedule:
         """The schedule of a step of so many microbatches.
@@ -34,11 +37,12 @@ class ScheduleChoice:
             return make_schedule("one_rank", 1, microbatches)
         if not self.name.endswith(SUFFIX):
             try:
-                return make_schedule(self.name, self.ranks, microbatches, chunks=self.chunks)
+                known = make_schedule(self.name, self.ranks, microbatches, chunks=self.chunks)
             except ConfigError as error:
                 chunks = f" parallel.chunks={self.chunks}" if self.chunks else ""
                 fields = f"parallel.schedule={self.name} parallel.pipe={self.ranks}{chunks}"
                 raise ConfigError(f"{fields}: {error}") from None
+            return known if self.put_off is None else with_less_put_off(known, self.put_off)
         own = self._own
         require(
             own.microbatches == microbatches,
@@ -72,7 +76,8 @@ class ScheduleChoice:
 
     @functools.cached_property
     def _own(self) -> Schedule:
-        require(self.chunks is None, f"parallel.chunks={self.chunks} does not go with a schedule of one's own")
+        for name, value in (("chunks", self.chunks), ("put_off", self.put_off)):
+            require(value is None, f"parallel.{name}={value} does not go with a schedule of one's own")
         own = read_schedule(self.name)
         require(
             own.ranks == self.ranks,
