@@ -34,7 +34,7 @@ SIZES = ((1000, 1000, 1000), (64, 2112, 7168), (1, 1, 7), (0, 8, 8))
 """M, N and K of matmuls."""
 GROUPS = (0, 700, 1, 0, 300, 129)
 """Rows of each group, of `GROUPED_ROWS`."""
-GROUPED_ROWS = 1600
+GROUPED_ROWS, GROUPED_WIDTHS = 1600, (1000, 600)
 SHAPES = ((1024, 7168), (1000, 1000), (1, 7))
 """Of what is quantised."""
 SWIGLU = ((1000, 2048), (70, 128))
@@ -150,8 +150,8 @@ def _grouped_operands(quantized: bool) -> dict[str, tuple[Any, Any]]:
     real = np.zeros((GROUPED_ROWS, 1), bool)
     for start, size in zip(starts, GROUPS, strict=False):
         real[start : start + size] = True
-    x, dy = (jnp.where(real, _normal(seed, GROUPED_ROWS, width), 0) for seed, width in ((0, 1000), (1, 600)))
-    w = _normal(2, len(GROUPS), 1000, 600)
+    x, dy = (jnp.where(real, _normal(seed, GROUPED_ROWS, width), 0) for seed, width in enumerate(GROUPED_WIDTHS))
+    w = _normal(2, len(GROUPS), *GROUPED_WIDTHS)
     if not quantized:
         return {"x": (x, w), "dy": (dy, w), "both": (x, dy)}
     blocks = quantize(w, BLOCK)

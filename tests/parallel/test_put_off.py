@@ -50,8 +50,8 @@ def test_as_many_as_a_schedule_has_is_the_schedule(name):
     assert with_less_put_off(whole, most - 1).name == f"{name}-put-off-{most - 1}"
 
 
-def test_in_lock_step_dualpipe_is_shorter_without_ticks_for_weight_gradients_alone_and_else_longer():
-    """Ticks of a W alone make every rank wait for the longest of them; ranks that need not wait fill their bubble."""
+def test_a_longer_bubble_in_fewer_ticks():
+    """docs/pipeline.md: what waits fills the bubble of ranks apart, and takes ticks of its own in lock step."""
     costs = Costs()
     whole = make_schedule("dualpipe", 8, 20)
     none = with_less_put_off(whole, 0)

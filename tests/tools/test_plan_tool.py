@@ -79,6 +79,16 @@ def test_the_search_ranks_and_gives_the_command(capsys):
     assert again["step"]["total"] == pytest.approx(totals[0])
 
 
+def test_deepseeks_mesh_fits_into_deepseeks_gpus_where_no_weight_gradient_waits(capsys):
+    """docs/pipeline.md: in FP8, with all but layers' inputs computed again."""
+    lean = [*V3, "--gpu", "h800", "--set", "precision=v3_fp8", "--set", "parallel.recompute=full", "--json"]
+    waiting = json.loads(printed(capsys, *lean))
+    without = json.loads(printed(capsys, *lean, "--set", "parallel.put_off=0"))
+    assert (waiting["fits"], without["fits"]) == (False, True)
+    assert without["memory"]["put_off"] == 0
+    assert "parallel.put_off=0" in without["layout"]
+
+
 def test_schedules_beside_each_other(capsys):
     text = printed(capsys, *V3, "--gpu", "h200", "--set", "precision=v3_fp8", "--schedules")
     assert "When 1F1B beats DualPipe:" in text
