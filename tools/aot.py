@@ -9,6 +9,7 @@ numbers are not to be had here.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import resource
@@ -45,6 +46,8 @@ from deepseek_jax.training.experiment import Experiment
 from deepseek_jax.training.sharding_table import abstract_state, abstract_trainer
 from deepseek_jax.training.step import Hyperparameters
 from experiments.run import UsageError, find_recipe
+from pallas_kernels import target
+from pallas_kernels.target import compiling_for
 from tools.plan import job_of
 from tools.plan_text import MEMORY_PARTS, table
 
@@ -63,6 +66,9 @@ MICROBATCHES = flags.DEFINE_integer(
 HIDE = flags.DEFINE_bool("hide_latency", True, "compile with the scheduler that lays exchanges beside compute")
 MEMORY = flags.DEFINE_float(
     "memory_gb", 151.4, "memory of a device: XLA hides no exchange where a program does not fit", lower_bound=1
+)
+KERNELS = flags.DEFINE_bool(
+    "kernels", False, "with the kernels for Hopper, as on a GPU where they passed their checks; else portable products"
 )
 CHECK = flags.DEFINE_bool("check", False, "exit with 1 where the step does not fit into a device's memory")
 JSON = flags.DEFINE_bool("json", False, "print it for programs")
@@ -244,7 +250,8 @@ def main(argv: Sequence[str]) -> int:
         microbatches = MICROBATCHES.value or choice.fitting(1)
         choice.make(microbatches)  # or says what it can have
         mesh = h200_mesh(experiment.parallel, memory=round(MEMORY.value * 1e9))
-        compiled = compile_step(experiment, microbatches, SETTING.value, options, mesh)
+        with compiling_for(target.H200._replace(trusted=True)) if KERNELS.value else contextlib.nullcontext():
+            compiled = compile_step(experiment, microbatches, SETTING.value, options, mesh)
     except (ConfigError, UsageError) as error:
         print(error, file=sys.stderr)
         return 2
