@@ -222,8 +222,8 @@ def _changes(job: Job, device: Device) -> Iterator[tuple[str, str, dict[str, Any
             yield "schedule", "parallel.put_off=0", {"put_off": 0}
         for schedule in SCHEDULES:
             if schedule != parallel.schedule:
-                fields = {"schedule": schedule, "chunks": None, "put_off": None}
-                yield "schedule", f"parallel.schedule={schedule}", fields
+                other: dict[str, Any] = {"schedule": schedule, "chunks": None, "put_off": None}
+                yield "schedule", f"parallel.schedule={schedule}", other
     if parallel.data % 2 == 0:
         fields = {"data": parallel.data // 2, "pipe": 2 * parallel.pipe, "layers_per_stage": None}
         yield "mesh", _set("pipe", "data", fields), fields

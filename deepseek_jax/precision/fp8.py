@@ -228,7 +228,9 @@ def _swiglu_backward(layer: _Layer, kept, dy):
     dhidden = layer.products.input_gradient(rows, quantized, group_sizes, like.dtype)
     dgate_up, dweights, hidden = layer.swiglu_gradients(gate_up, dhidden, weights)
     dw = layer.products.weight_gradient(hidden, columns, group_sizes, like_w.dtype)
-    return dgate_up, None if weights is None else dweights.astype(weights.dtype), dw, None, None
+    if dweights is not None:
+        dweights = dweights.astype(weights.dtype)
+    return dgate_up, dweights, dw, None, None
 
 
 _swiglu_linear.defvjp(_swiglu_forward, _swiglu_backward)

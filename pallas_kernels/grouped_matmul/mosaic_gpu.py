@@ -149,7 +149,7 @@ def products(config: TileConfig | None = None, sms: int | None = None, interpret
     return Products(by_matrices, by_rows)
 
 
-def _config(op, config, b, size, out_dtype, sms, groups, transposed, interpret):
+def _config(op, config, b, size: tuple[int, int, int], out_dtype, sms, groups, transposed, interpret):
     """The config for a product by b of `size` (m, n, k), given or chosen; ValueError if it does not fit."""
     if isinstance(b, Quantized):
         config = config or config_for(*size, out_dtype, sms, b_tile=b.tile, groups=groups)

@@ -14,12 +14,26 @@ for any table and slower.
 
 from __future__ import annotations
 
+from typing import overload
+
 import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.implementation import choose
 from pallas_kernels.permute import mosaic_gpu, reference, vjp
 from pallas_kernels.quantize import Quantized
+
+
+@overload
+def gather_rows(
+    x: Array, index: Array, *, inverse: Array | None = None, implementation: str | None = None
+) -> Array: ...
+
+
+@overload
+def gather_rows(
+    x: Quantized, index: Array, *, inverse: Array | None = None, implementation: str | None = None
+) -> Quantized: ...
 
 
 def gather_rows(

@@ -76,7 +76,7 @@ def _require_same(got: Any, want: Any, what: str) -> None:
             raise CheckFailed(f"{what}: {unequal} of {one.nbytes} bytes differ")
 
 
-def _require_close(got: Array, want: Array, error: Any, what: str) -> None:
+def _require_close(got: Any, want: Any, error: Any, what: str) -> None:
     """Within `error`, which broadcasts to them; not-a-number in the same places."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     if got.shape != want.shape:

@@ -137,10 +137,10 @@ class Product:
         for key, name in zip(keys, (of_a, of_b), strict=True):
             stacked = () if self.groups is None or name != "w" else (self.groups,)
             arrays.append(jax.random.normal(key, (*stacked, *shapes[name]), BF16))
-        return self._quantized(*arrays) if self.quantized else tuple(arrays)
+        return self._quantized(*arrays) if self.quantized else (arrays[0], arrays[1])
 
-    def by_kernel(self, config: TileConfig | None) -> Callable[[Any, Any], Array]:
-        """The product of its operands by the kernel."""
+    def by_kernel(self, config: Any) -> Callable[[Any, Any], Array]:
+        """The product of its operands by the kernel, cut as a `TileConfig` of its kind says, or by default."""
         sizes, dtype = self._sizes(), self.result[2]
         if self.groups is None:
             if self.name == "Wgrad":
