@@ -62,7 +62,8 @@ def plan_report(recipe: str, plan: Plan, cost: Cost, fixes: Sequence[Remedy], la
 def _layout(recipe: str, plan: Plan) -> str:
     job, parallel = plan.job, plan.job.parallel
     mesh = f"pipe {parallel.pipe} x data {parallel.data} x node {parallel.node} x expert {parallel.expert}"
-    schedule = f", {parallel.schedule}" if parallel.pipe > 1 else ""
+    waiting = "" if parallel.put_off is None else f" with put_off={parallel.put_off}"
+    schedule = f", {parallel.schedule}{waiting}" if parallel.pipe > 1 else ""
     precision = "FP8" if job.is_fp8 else job.precision.compute
     how = "in lock step, as this library runs it" if job.execution == "lock_step" else "every rank by itself"
     microbatches = f"{job.microbatches} microbatch{'' if job.microbatches == 1 else 'es'} of {job.microbatch_rows}"
@@ -204,7 +205,8 @@ def _short(plan: Plan) -> str:
     job, parallel = plan.job, plan.job.parallel
     parts = [f"{parallel.pipe}x{parallel.data}x{parallel.node}x{parallel.expert}"]
     if parallel.pipe > 1:
-        parts.append(parallel.schedule)
+        waiting = "" if parallel.put_off is None else f" put_off {parallel.put_off}"
+        parts.append(f"{parallel.schedule}{waiting}")
     parts += [f"{job.microbatches}x{job.microbatch_rows}", f"recompute {parallel.recompute}"]
     parts += ["FP8" if job.is_fp8 else job.precision.compute, *([] if parallel.zero else ["no ZeRO"])]
     return ", ".join(parts)
