@@ -111,7 +111,7 @@ def _compose(choice: ScheduleChoice, microbatches: int, times: CellTimes, execut
     return run(choice, microbatches, times)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def _order(choice: ScheduleChoice, microbatches: int) -> tuple[Schedule, list[tuple[int, int, list[tuple[int, int]]]]]:
     """A schedule, and each of its cells as (rank, index, cells (rank, index) whose results it reads), in order."""
     schedule = choice.make(microbatches)
@@ -124,12 +124,12 @@ def _order(choice: ScheduleChoice, microbatches: int) -> tuple[Schedule, list[tu
     return schedule, found
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def _ticks(choice: ScheduleChoice, microbatches: int) -> tuple[tuple[int, ...], ...]:
     return assign_ticks(choice.make(microbatches))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def tick_tables(choice: ScheduleChoice, microbatches: int) -> TickTables:
     """The tables that this library runs a schedule by."""
     return make_tables(choice.make(microbatches))
