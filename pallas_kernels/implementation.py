@@ -10,10 +10,11 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from pallas_kernels import device_tables
 from pallas_kernels.target import target
@@ -71,12 +72,35 @@ def not_hopper() -> str | None:
     return None
 
 
+def in_mesh(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel of arrays whose results vary over the axes that an operand varies over, inside `shard_map`.
+
+    jax does not say so of what a Mosaic kernel makes: it would take a result for equal on all devices, and sum the
+    gradients of it over them.
+    """
+
+    def call(*arrays):
+        axes = frozenset().union(*(_varying(leaf) for leaf in jax.tree.leaves(arrays)))
+        return jax.tree.map(lambda leaf: _varied(leaf, axes), kernel(*arrays))
+
+    return call
+
+
+def _varying(x: Array) -> frozenset[str]:
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def _varied(x: Array, axes: frozenset[str]) -> Array:
+    missing = tuple(sorted(axes - _varying(x)))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
 def one_at_a_time(kernel: Callable[..., Array], name: str) -> Callable[..., Array]:
     """A kernel of arrays that `vmap` calls once for each element, and whose derivative is an error that says why."""
 
     @jax.custom_jvp
     def call(*arrays):
-        return jax.custom_batching.sequential_vmap(kernel)(*arrays)
+        return jax.custom_batching.sequential_vmap(in_mesh(kernel))(*arrays)
 
     @call.defjvp
     def _(primals, tangents):

@@ -299,6 +299,9 @@ def _for_each(span, body, carry):
     if span is None:
         return body(np.int32(0), carry)
     first, end = span
+    # A sum, which jax does not take to vary over a mesh around the kernel, as it does what is read from an array: the
+    # loop's counter may not change between the two.
+    first = first + np.int32(0)
     return lax.fori_loop(first, end, body, carry)
 
 

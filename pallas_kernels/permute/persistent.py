@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 from jax import lax
 
+from pallas_kernels.implementation import in_mesh
 from pallas_kernels.permute.config import PermuteConfig
 
 
@@ -135,12 +136,14 @@ def persistent_kernel(body, out, scratch, items, sms, interpret):
     """The kernel: blocks of one warpgroup, no more than there are items."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    return plgpu.kernel(
-        body,
-        out_type=out,
-        scratch_types=scratch,
-        grid=(min(items.groups * items.chunks, sms * items.config.blocks),),
-        grid_names=("block",),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        interpret=interpret,
+    return in_mesh(
+        plgpu.kernel(
+            body,
+            out_type=out,
+            scratch_types=scratch,
+            grid=(min(items.groups * items.chunks, sms * items.config.blocks),),
+            grid_names=("block",),
+            compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+            interpret=interpret,
+        )
     )

@@ -45,7 +45,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.implementation import not_hopper
+from pallas_kernels.implementation import in_mesh, not_hopper
 from pallas_kernels.quantize import reference
 from pallas_kernels.quantize.registers import (
     BLOCK,
@@ -226,15 +226,17 @@ def _kernel(x, plan, how):
     body.__name__ = plan.name
     warpgroups: dict[str, Any] = {"num_threads": 2, "thread_name": "warpgroup"} if plan.both else {}
     x_here = plgpu.SMEM((high, wide), x.dtype, transforms=swizzled(128, x.dtype))
-    return plgpu.kernel(
-        body,
-        out_type=tuple(out),
-        scratch_types=(x_here, plgpu.Barrier(), *scratch),
-        grid=(down, across),
-        grid_names=("row", "column"),
-        **warpgroups,
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        interpret=how.interpret,
+    return in_mesh(
+        plgpu.kernel(
+            body,
+            out_type=tuple(out),
+            scratch_types=(x_here, plgpu.Barrier(), *scratch),
+            grid=(down, across),
+            grid_names=("row", "column"),
+            **warpgroups,
+            compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+            interpret=how.interpret,
+        )
     )
 
 

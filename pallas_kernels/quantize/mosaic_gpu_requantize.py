@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.implementation import not_hopper
+from pallas_kernels.implementation import in_mesh, not_hopper
 from pallas_kernels.quantize.mosaic_gpu import LEAST_AMAX
 from pallas_kernels.quantize.registers import (
     BLOCK,
@@ -112,17 +112,19 @@ def _kernel(codes, how):
 
     codes_here = plgpu.SMEM((BLOCK, BLOCK), codes.dtype, transforms=swizzled(SWIZZLE, codes.dtype))
     scales_here = plgpu.SMEM((BLOCK,), jnp.float32)
-    return plgpu.kernel(
-        requantize,
-        out_type=(
-            jax.ShapeDtypeStruct((n, m), codes.dtype),
-            jax.ShapeDtypeStruct((down, across * BLOCK), jnp.float32),
-        ),
-        scratch_types=(codes_here, scales_here, codes_here, scales_here, plgpu.Barrier(num_arrivals=2)),
-        grid=(down, across),
-        grid_names=("row", "column"),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        interpret=how.interpret,
+    return in_mesh(
+        plgpu.kernel(
+            requantize,
+            out_type=(
+                jax.ShapeDtypeStruct((n, m), codes.dtype),
+                jax.ShapeDtypeStruct((down, across * BLOCK), jnp.float32),
+            ),
+            scratch_types=(codes_here, scales_here, codes_here, scales_here, plgpu.Barrier(num_arrivals=2)),
+            grid=(down, across),
+            grid_names=("row", "column"),
+            compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+            interpret=how.interpret,
+        )
     )
 
 

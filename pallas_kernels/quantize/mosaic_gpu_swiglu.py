@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from pallas_kernels.implementation import not_hopper
+from pallas_kernels.implementation import in_mesh, not_hopper
 from pallas_kernels.quantize.mosaic_gpu import DTYPES, LEAST_AMAX
 from pallas_kernels.quantize.registers import (
     BLOCK,
@@ -146,21 +146,23 @@ def _forward_kernel(gate_up, weighted, how):
             jax.ShapeDtypeStruct((blocks, down * FEW), jnp.float32),
         )
     ]
-    return plgpu.kernel(
-        quantize_swiglu,
-        out_type=tuple(out),
-        scratch_types=(
-            tile,
-            tile,
-            plgpu.SMEM((FEW,), jnp.float32),
-            plgpu.SMEM((3, FEW, BLOCK), E4M3, transforms=swizzled(128, E4M3)),
-            plgpu.SMEM((3, FEW), jnp.float32),
-            plgpu.Barrier(num_arrivals=2 + weighted),
-        ),
-        grid=(down, across),
-        grid_names=("row", "column"),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        interpret=how.interpret,
+    return in_mesh(
+        plgpu.kernel(
+            quantize_swiglu,
+            out_type=tuple(out),
+            scratch_types=(
+                tile,
+                tile,
+                plgpu.SMEM((FEW,), jnp.float32),
+                plgpu.SMEM((3, FEW, BLOCK), E4M3, transforms=swizzled(128, E4M3)),
+                plgpu.SMEM((3, FEW), jnp.float32),
+                plgpu.Barrier(num_arrivals=2 + weighted),
+            ),
+            grid=(down, across),
+            grid_names=("row", "column"),
+            compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+            interpret=how.interpret,
+        )
     )
 
 
@@ -269,16 +271,18 @@ def _backward_kernel(dhidden, weighted, how):
     def swiglu_backward(*refs, **shared):  # What profiles call it.
         _backward_body(refs[: 3 + weighted], refs[3 + weighted :], across, how, **shared)
 
-    return plgpu.kernel(
-        swiglu_backward,
-        out_type=tuple(out),
-        scratch_types=scratch,
-        grid=(down, across),
-        grid_names=("row", "column"),
-        num_threads=2,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        interpret=how.interpret,
+    return in_mesh(
+        plgpu.kernel(
+            swiglu_backward,
+            out_type=tuple(out),
+            scratch_types=scratch,
+            grid=(down, across),
+            grid_names=("row", "column"),
+            num_threads=2,
+            thread_name="warpgroup",
+            compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+            interpret=how.interpret,
+        )
     )
 
 
