@@ -1,7 +1,7 @@
 """Compiles a recipe's train step for H200s, without one: `python -m tools.aot --recipe v3.pretrain --devices 2048`.
 
 Needs the extra [cuda] (the plugin, no GPU and no driver). Prints the compiler's plan of a device's memory beside the
-planner's, the largest arrays of the compiled program, and its collectives; of a pipeline also what its loops over ticks
+planner's, the largest of temporary arrays, and the collectives; of a pipeline also what its loops over ticks
 hold, and how much of their exchanges the program's order leaves exposed, at the stated speeds (`planning/overlap.py`).
 `--check` is a gate: the exit code is 1 where the step does not fit. Nothing is allocated, and nothing runs: speed and
 numbers are not to be had here.
@@ -29,11 +29,11 @@ from deepseek_jax.config_io import override_all
 from deepseek_jax.model.targets import Microbatch
 from deepseek_jax.parallel.pipeline.tables import make_tables
 from deepseek_jax.parallel.sharding import BATCH_SPEC
+from deepseek_jax.planning.buffers import largest_buffers
 from deepseek_jax.planning.compiled import (
     CompiledProgram,
     collective_bytes,
     count_collectives,
-    largest_arrays,
     read_program,
 )
 from deepseek_jax.planning.device_memory import DeviceMemory, device_memory
@@ -73,6 +73,9 @@ KERNELS = flags.DEFINE_bool(
 CHECK = flags.DEFINE_bool("check", False, "exit with 1 where the step does not fit into a device's memory")
 JSON = flags.DEFINE_bool("json", False, "print it for programs")
 DUMP = flags.DEFINE_string("dump", None, "write the compiled program to this file")
+
+LARGEST = 16
+"""How many temporary arrays are named."""
 
 
 def compile_step(
@@ -165,7 +168,7 @@ class StepReport:
     collectives: dict[str, tuple[int, float]]
     """Of each kind how many stand in the program, and the bytes that come from them in a step."""
     largest: list[tuple[int, str, str]]
-    """The largest arrays that instructions make: bytes, shape, where from."""
+    """The largest arrays in temporary memory that share no bytes: bytes, name, where from."""
     planned: DeviceMemory
     """What the planner says of the same step."""
     seconds: float
@@ -190,10 +193,6 @@ def report_of(experiment: Experiment, microbatches: int, compiled, seconds: floa
     moved, counts = collective_bytes(program), count_collectives(program)
     parallel, job = experiment.parallel, job_of(experiment)
     rows = microbatches * (parallel.microbatch_rows or 1) * parallel.batch_shards
-    largest = [
-        (array.bytes, f"{array.dtype}[{','.join(map(str, array.dims))}]", one.op_name or one.name)
-        for one, array in largest_arrays(program)
-    ]
     return StepReport(
         devices=job.devices,
         microbatches=microbatches,
@@ -201,7 +200,7 @@ def report_of(experiment: Experiment, microbatches: int, compiled, seconds: floa
         results=plan.output_size_in_bytes - plan.alias_size_in_bytes,
         temporaries=plan.temp_size_in_bytes,
         collectives={kind: (count, moved.get(kind, 0.0)) for kind, count in counts.items()},
-        largest=largest,
+        largest=[(one.size, one.name, one.op_name) for one in largest_buffers(compiled, LARGEST)],
         planned=device_memory(dataclasses.replace(job, rows=rows)),
         seconds=seconds,
         host_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -209,14 +208,14 @@ def report_of(experiment: Experiment, microbatches: int, compiled, seconds: floa
 
 
 def describe(found: StepReport, usable: float) -> str:
-    """For people: memory beside the plan and beside what a device has, collectives, and the largest arrays."""
+    """For people: memory beside the plan and beside what a device has, collectives, and the largest temporaries."""
     gigabytes = [f"{size / 1e9:.2f}" for size in (found.arguments, found.results, found.temporaries, found.peak)]
     verdict = "fits" if found.peak <= usable else f"lacks {(found.peak - usable) / 1e9:.1f} GB"
     parts = ", ".join(
         f"{words} {getattr(found.planned, name) / 1e9:.1f}" for name, words in MEMORY_PARTS.items() if name != "lost"
     )
     collectives = [(kind, str(n), f"{moved / 1e9:.2f}") for kind, (n, moved) in found.collectives.items()]
-    largest = [(f"{size / 1e9:.2f}", shape, where[-90:]) for size, shape, where in found.largest]
+    largest = [(f"{size / 1e9:.2f}", name, where[-90:]) for size, name, where in found.largest]
     return "\n".join(
         [
             f"compiled for sm_90a and {found.devices:,} devices in {found.seconds:.0f} s with "
@@ -228,7 +227,7 @@ def describe(found: StepReport, usable: float) -> str:
             "",
             table(("collective", "in the program", "GB received in a step"), collectives, left=(0,)),
             "",
-            table(("GB", "largest arrays", "made by"), largest, left=(1, 2)),
+            table(("GB", "largest of temporaries", "where from"), largest, left=(1, 2)),
         ]
     )
 

@@ -301,34 +301,6 @@ def collective_bytes(program: CompiledProgram) -> dict[str, float]:
     return {kind: moved for kind, moved in found.items() if moved}
 
 
-def largest_arrays(program: CompiledProgram, count: int = 8) -> list[tuple[Instruction, Array]]:
-    """The largest arrays that instructions make, each shape once, largest first; not what merely names others' arrays.
-
-    Several of one shape may be there at a time, and not every one is a buffer of its own.
-    """
-    naming = (
-        "parameter",
-        "get-tuple-element",
-        "tuple",
-        "bitcast",
-        "while",
-        "conditional",
-        "call",
-        "optimization-barrier",
-    )
-    fused = {
-        name for c in program.computations.values() for i in c.instructions if i.kind == "fusion" for name in i.called
-    }
-    found: dict[Array, Instruction] = {}
-    for name, computation in program.computations.items():
-        for one in () if name in fused else computation.instructions:
-            if one.opcode not in naming:
-                for array in one.arrays:
-                    found.setdefault(array, one)
-    ranked = sorted(found.items(), key=lambda item: (-item[0].bytes, item[0]))
-    return [(one, array) for array, one in ranked[:count]]
-
-
 def copies_of(program: CompiledProgram, computation: str, shapes: set[Array]) -> list[Instruction]:
     """Copies of arrays of these shapes in a computation and what it calls."""
     return [

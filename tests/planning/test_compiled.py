@@ -11,7 +11,6 @@ from deepseek_jax.planning.compiled import (
     copies_of,
     count_collectives,
     flops,
-    largest_arrays,
     read_program,
 )
 
@@ -100,13 +99,6 @@ def test_a_collective_that_starts_and_ends_counts_once():
 def test_bytes_of_collectives_count_as_often_as_their_loop_turns():
     """256 bytes received in each of 7 turns: what a start's operand takes is not its result."""
     assert collective_bytes(read_program(PROGRAM)) == {"all-to-all": 7 * 2 * 128.0}
-
-
-def test_the_largest_arrays_are_those_that_are_made_outside_of_fusions():
-    """The exchange's and the fusion's are one shape; parameters, tuples and loops name what others made."""
-    found = [(one.name, array) for one, array in largest_arrays(read_program(PROGRAM))]
-    assert found == [("y", Array("bf16", (8, 16))), ("copy.1", Array("f32", (4, 8))), ("less", Array("pred", ()))]
-    assert largest_arrays(read_program(PROGRAM), 1)[0][1] == Array("bf16", (8, 16))
 
 
 def test_reach_is_what_needs_a_result():
