@@ -6,7 +6,7 @@
 
 Needs the extra [cuda] (the plugin, no GPU and no driver), and minutes for each point. Collectives and the state have to
 be the same to the byte, temporaries within 3%; the planner's bytes are printed beside the compiler's. Two of the four
-points are the recipe `v3.pretrain` on its own mesh and on a quarter of it, in FP8 by the kernels with full recomputation
+points are the recipe `v3.pretrain` on its own mesh and on a quarter of it, by FP8 kernels with full recomputation
 and no weight gradient put off, steady ticks unbraided; the other two are few layers of DeepSeek-V3 on two nodes and on
 eight.
 """
