@@ -14,7 +14,7 @@ EXTRAS := dev$(if $(PARITY),$(comma)parity)
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: help venv quickstart test test-all test-aot lint format clean
+.PHONY: help venv quickstart test test-all test-aot aot-golden lint format clean
 
 help:  ## show this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ test-all: $(VENV)/.test$(PARITY)  ## every test
 # On the CPU platform: nothing looks for a GPU.
 test-aot: $(VENV)/.cuda  ## the kernels, compiled for Hopper without a GPU; installs jax's CUDA wheels (GBs)
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m aot $(ARGS)
+
+aot-golden: $(VENV)/.cuda  ## train steps compiled for 16 to 2048 GPUs, against the kept ones; 20 minutes
+	JAX_PLATFORMS=cpu $(BIN)/python -m tools.aot_golden $(ARGS)
 
 lint: $(VENV)/.test$(PARITY)  ## ruff's checks and format, and types
 	$(BIN)/ruff check .

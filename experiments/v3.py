@@ -67,9 +67,7 @@ def pretrain_64() -> Experiment:
 def pretrain_8() -> Experiment:
     """The same run on one node of eight devices. None has the memory: a plan says what is lacking."""
     lean = _lean(pretrain(), pipe=4, node=1, expert=2, schedule="one_f_one_b")
-    return dataclasses.replace(
-        lean, planned_only="no eight devices have the memory for 671B parameters and their state"
-    )
+    return dataclasses.replace(lean, cannot_run="no eight devices have the memory for 671B parameters and their state")
 
 
 def extend_32k() -> Experiment:
@@ -87,7 +85,7 @@ def extend_128k() -> Experiment:
     library cannot do yet: a stage's activations of 128K tokens fit on no device that there is.
     """
     reason = "a sequence of 128K is not split over devices yet, and a stage's activations of one fit on no device"
-    return dataclasses.replace(_extension(length=131_072, rows=480), planned_only=reason)
+    return dataclasses.replace(_extension(length=131_072, rows=480), cannot_run=reason)
 
 
 def sft() -> Experiment:

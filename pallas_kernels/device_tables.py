@@ -9,12 +9,14 @@ first.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +31,31 @@ OWN_FOLDER = "PALLAS_KERNELS_TABLES"
 FIELDS = ("tile_m", "tile_n", "stages", "cluster", "swath")
 """Of a config that a table has."""
 FACTOR = 2
-"""A config serves matmuls of up to so many times the rows that it was measured with, or as many times fewer."""
+"""A config serves matmuls of up to so many times the tokens that it was measured with, or as many times fewer."""
+
+
+class TableError(ValueError):
+    """A file is no table; one line that says where and what."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Matmul:
-    """A matmul, as far as the best way to cut it depends on it: results `[rows, columns]`, sums of `depth` products."""
+    """A matmul, as far as the best way to cut it depends on it."""
 
-    rows: int
+    tokens: int
+    """Rows of the result; in Wgrad what is summed over. It is what changes from batch to batch."""
+    width: int
+    """What is summed over; in Wgrad rows of the result."""
     columns: int
-    depth: int
+    """Of the result."""
     operands: str
     """Their dtype."""
     result: str
     """Its dtype."""
-    columns_scaled: bool = False
-    """Every column of the right operand has a scale of its own, as in Wgrad."""
     transposed: bool = False
     """The right operand lies `[N, K]`, where a kernel reads either order."""
+    sums_tokens: bool = False
+    """It is a Wgrad."""
     groups: tuple[str, int, int] | None = None
     """What they are along, how many, and their alignment; see `Groups`."""
 
@@ -67,15 +76,15 @@ class DeviceTable:
     """The fastest config of each that was measured, as `FIELDS`."""
 
     def config(self, matmul: Matmul) -> dict[str, int]:
-        """That of the matmul measured whose rows are nearest, all else being the same; empty if there is none."""
+        """That of the matmul measured whose tokens are nearest, all else being the same; empty if there is none."""
 
-        def ratio(rows: int) -> float:
-            return max(rows / matmul.rows, matmul.rows / rows)
+        def ratio(tokens: int) -> float:
+            return max(tokens / matmul.tokens, matmul.tokens / tokens)
 
         def same(known: Matmul) -> bool:
-            return dataclasses.replace(known, rows=matmul.rows) == matmul and ratio(known.rows) <= FACTOR
+            return dataclasses.replace(known, tokens=matmul.tokens) == matmul and ratio(known.tokens) <= FACTOR
 
-        found = [(ratio(known.rows), i) for i, (known, _) in enumerate(self.matmuls) if same(known)]
+        found = [(ratio(known.tokens), i) for i, (known, _) in enumerate(self.matmuls) if same(known)]
         return dict(self.matmuls[min(found)[1]][1]) if found else {}
 
     def write(self, folder: Path) -> Path:
@@ -99,19 +108,19 @@ def read(path: Path) -> DeviceTable:
     """Reads a file.
 
     Raises:
-      ValueError: if it is no such table; one line that says where and what.
+      TableError: if it is no such table.
     """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         matmuls = tuple(_matmul(row) for row in fields.pop("matmuls"))
         table = DeviceTable(**fields | {"passed": tuple(fields["passed"]), "matmuls": matmuls})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
+        raise TableError(
             f"{path} is no table of pallas_kernels ({type(error).__name__}: {error}); write it again with "
             "`python -m pallas_kernels.tune`, or remove it"
         ) from error
     if not all(isinstance(name, str) for name in (table.device, table.jax, table.date, *table.passed)):
-        raise ValueError(f"{path} is no table of pallas_kernels: device, jax, date and passed must be text")
+        raise TableError(f"{path} is no table of pallas_kernels: device, jax, date and passed must be text")
     return table
 
 
@@ -121,17 +130,32 @@ def _matmul(row: dict[str, Any]) -> tuple[Matmul, dict[str, int]]:
         raise ValueError(f"a config has {', '.join(FIELDS)}, whole numbers each, not {cut}")
     groups = None if row["groups"] is None else tuple(row["groups"])
     matmul = Matmul(**row | {"groups": groups})
-    if not all(type(size) is int and size > 0 for size in (matmul.rows, matmul.columns, matmul.depth)):
-        raise ValueError(f"rows, columns and depth of a matmul are positive whole numbers: {matmul}")
+    if not all(type(size) is int and size > 0 for size in (matmul.tokens, matmul.width, matmul.columns)):
+        raise ValueError(f"tokens, width and columns of a matmul are positive whole numbers: {matmul}")
     return matmul, cut
+
+
+_IGNORED: contextvars.ContextVar[bool] = contextvars.ContextVar("ignored", default=False)
+
+
+@contextlib.contextmanager
+def ignored() -> Iterator[None]:
+    """Within, there are no tables: kernels run where they are named, with the defaults by size."""
+    token = _IGNORED.set(True)
+    try:
+        yield
+    finally:
+        _IGNORED.reset(token)
 
 
 def of_device(kind: str) -> DeviceTable | None:
     """The table of a kind of device; None if there is none.
 
     Raises:
-      ValueError: if its file is no such table.
+      TableError: if its file is no such table.
     """
+    if _IGNORED.get():
+        return None
     return _of_device(kind, os.environ.get(OWN_FOLDER))
 
 
@@ -154,7 +178,7 @@ def unproven(op: str) -> str | None:
     if table.jax != jax.__version__:
         return f"the table of {device.kind} is of jax {table.jax}, and this is {jax.__version__}: {again}"
     if op not in table.passed:
-        return f"the kernel did not pass its checks on {device.kind}, says its table of {table.date}"
+        return f"the kernel of {op} did not pass its checks on {device.kind}, says its table of {table.date}"
     return None
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,13 +24,16 @@ KERNEL = "mosaic_gpu"
 _LOG = logging.getLogger("pallas_kernels")
 
 
-def choose(op: str, implementation: str | None, obstacles: Mapping[str, str | None]) -> str:
+def choose(
+    op: str, implementation: str | None, obstacles: Mapping[str, str | None], *, rests_on: Sequence[str] = ()
+) -> str:
     """The implementation of `op` to run.
 
     Args:
       op: Name of the op, for the error.
       implementation: What the caller asked for; None leaves the choice to us.
       obstacles: Every implementation by name, best first, with the reason why it cannot run here, or None if it can.
+      rests_on: Other ops whose kernels the kernel's derivative uses; it is chosen by itself only if they passed too.
 
     Returns:
       The name of an implementation whose obstacle is None.
@@ -39,7 +42,7 @@ def choose(op: str, implementation: str | None, obstacles: Mapping[str, str | No
       ValueError: if the name is unknown, or known and not supported here.
     """
     if implementation is None:
-        return _best(op, obstacles)
+        return _best(op, obstacles, rests_on)
     if implementation not in obstacles:
         raise ValueError(f"{op} has no implementation {implementation!r}; it has {', '.join(obstacles)}")
     if obstacles[implementation] is not None:
@@ -47,10 +50,12 @@ def choose(op: str, implementation: str | None, obstacles: Mapping[str, str | No
     return implementation
 
 
-def _best(op: str, obstacles: Mapping[str, str | None]) -> str:
+def _best(op: str, obstacles: Mapping[str, str | None], rests_on: Sequence[str]) -> str:
     """The first that can run, and that may be chosen by itself."""
     against = obstacles.get(KERNEL, "there is none")
-    unproven = device_tables.unproven(op) if against is None else None
+    unproven = None
+    if against is None:
+        unproven = next(filter(None, (device_tables.unproven(one) for one in (op, *rests_on))), None)
     name = next(name for name, obstacle in obstacles.items() if obstacle is None and not (name == KERNEL and unproven))
     if KERNEL in obstacles and not_hopper() is None:
         _say(op, name, unproven or against, logging.WARNING if unproven else logging.INFO)

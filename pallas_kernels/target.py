@@ -32,13 +32,15 @@ _TARGET: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target"
 
 
 def target() -> Target:
-    """That of the context, or jax's first device."""
+    """That of `compiling_for`, of `jax.default_device`, or jax's first device."""
     chosen = _TARGET.get()
-    if chosen is not None:
+    default = jax.config.jax_default_device
+    if default is None and chosen is not None:
         return chosen
-    device = jax.devices()[0]
+    device = jax.devices(default)[0] if default is None or isinstance(default, str) else default
+    backend = jax.default_backend() if default is None else device.platform
     capability, sms = getattr(device, "compute_capability", "unknown"), getattr(device, "core_count", None)
-    return Target(jax.default_backend(), getattr(device, "device_kind", "unknown"), str(capability), sms or 0)
+    return Target(backend, getattr(device, "device_kind", "unknown"), str(capability), sms or 0)
 
 
 @contextlib.contextmanager

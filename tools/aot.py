@@ -65,7 +65,11 @@ MICROBATCHES = flags.DEFINE_integer(
 )
 HIDE = flags.DEFINE_bool("hide_latency", True, "compile with the scheduler that lays exchanges beside compute")
 MEMORY = flags.DEFINE_float(
-    "memory_gb", 151.4, "memory of a device: XLA hides no exchange where a program does not fit", lower_bound=1
+    "memory_gb",
+    151.4,
+    "memory that a device is described with (141 GiB; 139 GB are counted as usable unless this is given): XLA hides no "
+    "exchange where a program does not fit",
+    lower_bound=1,
 )
 KERNELS = flags.DEFINE_bool(
     "kernels", False, "with the kernels for Hopper, as on a GPU where they passed their checks; else portable products"
@@ -158,6 +162,8 @@ def _times(span: Span) -> str:
 class StepReport:
     """What the compiler made of a step. Bytes are those of one device."""
 
+    jax: str
+    """Its version."""
     devices: int
     microbatches: int
     arguments: int
@@ -166,7 +172,7 @@ class StepReport:
     """Besides those that lie where arguments did."""
     temporaries: int
     collectives: dict[str, tuple[int, float]]
-    """Of each kind how many stand in the program, and the bytes that come from them in a step."""
+    """Of each kind how many stand in the program, and the bytes of their results in a step, at most."""
     largest: list[tuple[int, str, str]]
     """The largest arrays in temporary memory that share no bytes: bytes, name, where from."""
     planned: DeviceMemory
@@ -194,6 +200,7 @@ def report_of(experiment: Experiment, microbatches: int, compiled, seconds: floa
     parallel, job = experiment.parallel, job_of(experiment)
     rows = microbatches * (parallel.microbatch_rows or 1) * parallel.batch_shards
     return StepReport(
+        jax=jax.__version__,
         devices=job.devices,
         microbatches=microbatches,
         arguments=plan.argument_size_in_bytes,
@@ -219,13 +226,13 @@ def describe(found: StepReport, usable: float) -> str:
     return "\n".join(
         [
             f"compiled for sm_90a and {found.devices:,} devices in {found.seconds:.0f} s with "
-            f"{found.host_memory / 1e9:.1f} GB of this machine's memory, by jax {jax.__version__}",
+            f"{found.host_memory / 1e9:.1f} GB of this machine's memory, by jax {found.jax}",
             "",
             f"A step of {found.microbatches} microbatches, GB of a device: arguments {gigabytes[0]}, results "
             f"{gigabytes[1]}, temporaries {gigabytes[2]}, together {gigabytes[3]} of {usable / 1e9:.1f}: {verdict}.",
             f"The planner says {found.planned_step / 1e9:.2f}, {found.planned_step / found.peak - 1:+.1%}: {parts}.",
             "",
-            table(("collective", "in the program", "GB received in a step"), collectives, left=(0,)),
+            table(("collective", "in the program", "GB of results in a step, at most"), collectives, left=(0,)),
             "",
             table(("GB", "largest of temporaries", "where from"), largest, left=(1, 2)),
         ]
@@ -255,7 +262,7 @@ def main(argv: Sequence[str]) -> int:
         print(error, file=sys.stderr)
         return 2
     found = report_of(experiment, microbatches, compiled, time.perf_counter() - begin)
-    usable = MEMORY.value * 1e9 - H200.reserved
+    usable = MEMORY.value * 1e9 - H200.reserved if flags.FLAGS["memory_gb"].present else H200.usable_memory
     if JSON.value:
         print(json.dumps(dataclasses.asdict(found) | {"peak": found.peak, "usable": usable}, indent=1))
     else:

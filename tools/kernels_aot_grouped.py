@@ -94,7 +94,7 @@ def table(groups: Sequence[tuple[int, int]] = GROUPS, weights: Sequence[tuple[in
         shapes = f"{product.groups} × {product.rows}", f"{product.n}×{product.k}"
         return product.name, product.operands.name, *shapes, *described
 
-    products = grouped_products(groups, weights)
+    products = [one for one in grouped_products(groups, weights) if not (one.quantized and one.name == "Dgrad")]
     return markdown(("product", "operands", "groups × rows", "N×K", *HEAD), map(row, products))
 
 

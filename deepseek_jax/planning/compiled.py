@@ -285,17 +285,14 @@ def count_collectives(program: CompiledProgram) -> dict[str, int]:
 
 
 def collective_bytes(program: CompiledProgram) -> dict[str, float]:
-    """Bytes of the results of every kind of collective in one run of a program, on one device; see `total`."""
+    """Bytes of the results of every kind of collective in one run of a program, on one device: at most, see `total`.
+
+    What a device keeps for itself counts, and every branch of a conditional.
+    """
 
     def of_kind(kind: str) -> Callable[[Computation, Instruction], float]:
-        def cost(here: Computation, one: Instruction) -> float:
-            if one.kind != kind or one.opcode.endswith(("-done", "-update")):
-                return 0.0
-            # The result of a start has the operands before the results.
-            operands = sum(operand.bytes for operand in here.operands(one)) if one.opcode.endswith("-start") else 0
-            return max(one.bytes - operands, 0)
-
-        return cost
+        # The result of one that starts and ends is that of its end.
+        return lambda _, one: float(one.bytes) if one.opcode in (kind, f"{kind}-done") else 0.0
 
     found = {kind: total(program, of_kind(kind)) for kind in COLLECTIVES}
     return {kind: moved for kind, moved in found.items() if moved}

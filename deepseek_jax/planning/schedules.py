@@ -26,8 +26,9 @@ class Compared:
 
 
 def with_schedule(job: Job, name: str) -> Job:
-    """The job with another schedule, and its stages cut for that one."""
-    parallel = dataclasses.replace(job.parallel, schedule=name, chunks=None, put_off=None, layers_per_stage=None)
+    """The job with another schedule, and its stages cut for that one; with its own, it has as many W waiting."""
+    put_off = job.parallel.put_off if name == job.parallel.schedule else None
+    parallel = dataclasses.replace(job.parallel, schedule=name, chunks=None, put_off=put_off, layers_per_stage=None)
     return dataclasses.replace(job, parallel=parallel)
 
 

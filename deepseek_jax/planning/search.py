@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from deepseek_jax.config import ConfigError
 from deepseek_jax.parallel.mesh import ParallelConfig
+from deepseek_jax.parallel.pipeline.put_off import PUTS_OFF
 from deepseek_jax.planning.device_memory import DeviceMemory, device_memory
 from deepseek_jax.planning.devices import Device
 from deepseek_jax.planning.job import Job, check_layout
@@ -18,7 +19,7 @@ from deepseek_jax.precision.policy import V3_FP8, PrecisionPolicy
 
 SCHEDULES = ("one_f_one_b", "eager_one_f_one_b", "interleaved_one_f_one_b", "zb_h1", "dualpipe", "dualpipe_v")
 """GPipe keeps every microbatch and is as slow as 1F1B, so it is not among them."""
-PUT_OFF: dict[str, tuple[int | None, ...]] = dict.fromkeys(("zb_h1", "dualpipe", "dualpipe_v"), (None, 0))
+PUT_OFF: dict[str, tuple[int | None, ...]] = dict.fromkeys(PUTS_OFF, (None, 0))
 """How many weight gradients may wait, of schedules that put some off; None: as many as the schedule has."""
 _PAIRED = ("eager_one_f_one_b", "dualpipe", "dualpipe_v")
 """Schedules with forwards beside backwards."""

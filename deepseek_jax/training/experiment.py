@@ -129,15 +129,15 @@ class Experiment:
     """Send tokens to experts in turn, whatever the router says: for benchmarks of speed. Nothing useful is learnt."""
     balance_from_routed: bool = False
     """Take the balance loss's fractions from the routed experts, not from the top-K of the raw scores."""
-    planned_only: str | None = None
+    cannot_run: str | None = None
     """Why this can be planned (`python -m tools.plan`) and not run yet; none where it can. A run refuses."""
 
     def check_runs(self) -> None:
         """Raises ConfigError where this can only be planned."""
         require(
-            self.planned_only is None,
-            f"this recipe can be planned (python -m tools.plan) but not run: {self.planned_only}; to try all the same: "
-            "--set planned_only=none",
+            self.cannot_run is None,
+            f"this recipe can be planned (python -m tools.plan) but not run: {self.cannot_run}; to try all the same: "
+            "--set cannot_run=none",
         )
 
     def __post_init__(self):

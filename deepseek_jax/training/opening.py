@@ -55,8 +55,9 @@ def _pipeline(trainer: Trainer) -> str:
     names = [[name for of_kind in placement.slots.values() for name in of_kind[i]] for i in range(placement.num_stages)]
     layers = ", ".join(str(sum(bool(name and name.startswith("layers.")) for name in of)) for of in names)
     cost = f"empty slots hold up to {_bytes(empty.total)} of a device, {_bytes(empty.state)} between steps"
+    waiting = "" if trainer.schedule.put_off is None else f" with put_off={trainer.schedule.put_off}"
     return (
-        f"pipeline {trainer.schedule.name} over {placement.ranks} ranks; stages of {layers} layers; "
+        f"pipeline {trainer.schedule.name}{waiting} over {placement.ranks} ranks; stages of {layers} layers; "
         f"{cost if empty.total else 'no slot is empty'}"
     )
 

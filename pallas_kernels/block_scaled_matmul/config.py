@@ -239,5 +239,7 @@ def matmul(
     m: int, n: int, k: int, out_dtype: jnp.dtype, *, b_tile: Tile = (BLOCK, BLOCK), groups: Groups | None = None
 ) -> Matmul:
     """A product in E4M3, as tables of devices name it."""
-    columns_scaled, along = b_tile == (BLOCK, 1), None if groups is None else dataclasses.astuple(groups)
-    return Matmul(m, n, k, "float8_e4m3fn", jnp.dtype(out_dtype).name, columns_scaled, groups=along)
+    wgrad, along = b_tile == (BLOCK, 1), None if groups is None else dataclasses.astuple(groups)
+    tokens, width = (k, m) if wgrad else (m, k)
+    result = jnp.dtype(out_dtype).name
+    return Matmul(tokens, width, n, "float8_e4m3fn", result, sums_tokens=wgrad, groups=along)

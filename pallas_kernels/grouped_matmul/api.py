@@ -64,7 +64,8 @@ def grouped_matmul(
     _require_shapes(fits, "grouped_matmul", "x [M, K], w [G, K, N]", x, w, group_sizes)
     _check("grouped_matmul", {"x": (x, _ROW_TILES), "w": (w, _MATRIX_TILES)}, alignment)
     dtype = _out_dtype("grouped_matmul", x, out_dtype)
-    name = _choose("grouped_matmul", implementation, x, w, dtype)
+    gradients = () if isinstance(x, Quantized) else ("grouped_matmul_dx", "grouped_matmul_dw")
+    name = _choose("grouped_matmul", implementation, x, w, dtype, gradients)
     if name == "reference":
         return reference.rows_by_matrices(x, w, group_sizes, alignment, dtype)
     if name == "mosaic_gpu" and isinstance(x, Quantized):
@@ -151,9 +152,9 @@ def _check(op, operands, alignment):
             check_tile(op, name, operand, tiles)
 
 
-def _choose(op, implementation, x, other, out_dtype):
+def _choose(op, implementation, x, other, out_dtype, rests_on=()):
     obstacles = {"mosaic_gpu": mosaic_gpu.supported(x, other, out_dtype), "blocked": None, "reference": None}
-    return choose(op, implementation, obstacles)
+    return choose(op, implementation, obstacles, rests_on=rests_on)
 
 
 def _arrays(*operands):

@@ -81,5 +81,7 @@ def array_config_for(
 
 def array_matmul(m: int, n: int, k: int, out_dtype: jnp.dtype, groups: Groups, transposed: bool) -> Matmul:
     """A product in bfloat16, as tables of devices name it; `transposed` matrices lie `[G, N, K]`."""
-    of_groups = dataclasses.astuple(groups)
-    return Matmul(m, n, k, "bfloat16", jnp.dtype(out_dtype).name, transposed=transposed, groups=of_groups)
+    of_groups, wgrad = dataclasses.astuple(groups), groups.along == "depth"
+    tokens, width = (k, m) if wgrad else (m, k)
+    result = jnp.dtype(out_dtype).name
+    return Matmul(tokens, width, n, "bfloat16", result, transposed=transposed, sums_tokens=wgrad, groups=of_groups)

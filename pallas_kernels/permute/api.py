@@ -65,7 +65,7 @@ def gather_rows(
     _check_float("gather_rows", "x", codes)
     choices = 0 if inverse is None else inverse.shape[1]
     obstacles = {"mosaic_gpu": mosaic_gpu.supported(codes, choices), "portable": None, "reference": None}
-    name = choose("gather_rows", implementation, obstacles)
+    name = choose("gather_rows", implementation, obstacles, rests_on=() if inverse is None else ("combine_rows",))
     if isinstance(x, Quantized):
         if inverse is not None:
             raise ValueError("gather_rows: a Quantized has no gradient, so `inverse` would not be used; leave it out")
@@ -112,7 +112,7 @@ def combine_rows(
     if weights is not None:
         _check_float("combine_rows", "weights", weights)
     obstacles = {"mosaic_gpu": mosaic_gpu.supported(rows, slots.shape[1]), "portable": None, "reference": None}
-    name = choose("combine_rows", implementation, obstacles)
+    name = choose("combine_rows", implementation, obstacles, rests_on=() if inverse is None else ("gather_rows",))
     if name == "reference":
         return reference.combine_rows(rows, slots, weights)
     return vjp.combine_rows(rows, slots, weights, inverse, name)

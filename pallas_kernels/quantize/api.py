@@ -131,7 +131,7 @@ def quantize_both(
         codes, scales, column_codes, column_scales = mosaic_gpu.quantize_both(x, power_of_two, float(smallest_amax))
         return Quantized(codes, scales, (1, 128)), Quantized(column_codes, column_scales, (128, 1))
     rows, columns = (
-        quantize(x, tile, power_of_two=power_of_two, smallest_amax=smallest_amax, implementation=name)
+        quantize(x, tile, power_of_two=power_of_two, smallest_amax=smallest_amax, implementation=implementation)
         for tile in ((1, 128), (128, 1))
     )
     return rows, columns
@@ -149,7 +149,9 @@ def quantize_weight(
     if name == "mosaic_gpu":
         codes, scales, transposed = mosaic_gpu.quantize_weight(w, power_of_two, float(smallest_amax))
         return Quantized(codes, scales, (128, 128)), Quantized(transposed, scales.T, (128, 128))
-    blocks = quantize(w, (128, 128), power_of_two=power_of_two, smallest_amax=smallest_amax, implementation=name)
+    blocks = quantize(
+        w, (128, 128), power_of_two=power_of_two, smallest_amax=smallest_amax, implementation=implementation
+    )
     return blocks, blocks.T
 
 
@@ -186,5 +188,5 @@ def requantize(
             q.codes, q.scales, power_of_two, float(smallest_amax)
         )
         return Quantized(transposed.T, scales, tile)
-    how: Any = {"power_of_two": power_of_two, "smallest_amax": smallest_amax, "implementation": name}
+    how: Any = {"power_of_two": power_of_two, "smallest_amax": smallest_amax, "implementation": implementation}
     return quantize(q.dequantize(), tile, dtype=dtype, **how)

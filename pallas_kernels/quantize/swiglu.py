@@ -70,7 +70,7 @@ def quantize_swiglu(
         return Quantized(codes, scales, (1, 128)), Quantized(kept_codes, kept_scales, (1, 128))
     values = swiglu_output(gate_up, weights)
     output, kept = (
-        quantize(x, (1, 128), power_of_two=power_of_two, smallest_amax=smallest_amax, implementation=name)
+        quantize(x, (1, 128), power_of_two=power_of_two, smallest_amax=smallest_amax, implementation=implementation)
         for x in (values, gate_up)
     )
     return output, kept
@@ -116,7 +116,7 @@ def swiglu_backward(
     wide = accumulator(dhidden)
     output, pull = jax.vjp(_hidden, kept.dequantize(wide), None if weights is None else weights.astype(wide))
     dgate_up, dweights = pull(dhidden.astype(wide))
-    how: Any = {"power_of_two": power_of_two, "smallest_amax": smallest_amax, "implementation": name}
+    how: Any = {"power_of_two": power_of_two, "smallest_amax": smallest_amax, "implementation": implementation}
     columns = quantize(output.astype(dhidden.dtype), (128, 1), **how)
     return SwigluGradients(dgate_up.astype(dhidden.dtype), dweights, columns)
 

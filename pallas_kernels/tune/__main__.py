@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 
 from pallas_kernels import device_tables
-from pallas_kernels.device_tables import FIELDS, DeviceTable, Matmul
+from pallas_kernels import tune as tune_package
+from pallas_kernels.device_tables import FIELDS, DeviceTable, Matmul, TableError
 from pallas_kernels.implementation import not_hopper
 from pallas_kernels.target import target
 from pallas_kernels.tune.checks import run_checks
@@ -31,38 +34,83 @@ HEAD = ("product", "operands", "M×N×K", "groups", "chosen", "µs (spread)", "T
 def main(argv: Sequence[str]) -> int:
     """Runs the command line; the exit code."""
     options = _parser().parse_args(argv)
-    obstacle = not_hopper()
+    obstacle = not_hopper() or _no_references() or _not_writable(options.to)
     if obstacle is not None:
         print(f"pallas_kernels.tune: nothing to tune here: {obstacle}", file=sys.stderr)
         return 2
     device = target()
     print(f"{device.kind}, jax {jax.__version__}\n", flush=True)
-    passed = run_checks(say=lambda line: print(line, flush=True))
-    matmuls: list[tuple[Matmul, dict[str, int]]] = []
-    if not options.checks_only:
-        print("\n" + _line(HEAD) + "\n" + _line(["---"] * len(HEAD)), flush=True)
-    for product in [] if options.checks_only else all_products():
-        if KERNELS[None if product.groups is None else product.name] in passed:
-            tuned = tune(product, device.sms, tilings=options.tilings, calls=options.calls)
-            print(_line(_cells(product, tuned)), flush=True)
-            matmuls.append((product.matmul, {field: getattr(tuned.config, field) for field in FIELDS}))
-    today = datetime.date.today().isoformat()
-    path = DeviceTable(device.kind, jax.__version__, today, passed, tuple(matmuls)).write(options.to)
-    device_tables.read(path)
-    print(f"\nwrote {path}: {len(passed)} kernels passed, {len(matmuls)} matmuls were measured")
+    with device_tables.ignored():
+        passed = run_checks(say=lambda line: print(line, flush=True))
+        table = DeviceTable(device.kind, jax.__version__, datetime.date.today().isoformat(), passed)
+        table = dataclasses.replace(table, matmuls=() if options.again else _known(options.to, device.kind))
+        path = table.write(options.to)
+        for product in [] if options.checks_only else _to_measure(table):
+            table = _with(table, product, options)
+            table.write(options.to)  # At once: the next one may take long.
+    print(f"\nwrote {path}: {len(passed)} kernels passed, {len(table.matmuls)} matmuls are measured")
     return 0
 
 
+def _no_references() -> str | None:
+    try:
+        jax.devices("cpu")
+    except RuntimeError:
+        return "references run on the CPU, and jax was told to have none: set JAX_PLATFORMS=cuda,cpu"
+    return None
+
+
+def _not_writable(folder: Path) -> str | None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return f"the table cannot be written to {folder} ({error.strerror}): name another folder with --to"
+
+
+def _known(folder: Path, kind: str) -> tuple[tuple[Matmul, Mapping[str, int]], ...]:
+    """What was measured before by this jax; a file that is no table is as good as none."""
+    try:
+        table = device_tables.read(folder / device_tables.file_name(kind))
+    except (TableError, OSError):
+        return ()
+    return table.matmuls if table.jax == jax.__version__ else ()
+
+
+def _to_measure(table: DeviceTable) -> list[Product]:
+    """Products of kernels that passed, and that are not in the table."""
+    known = {matmul for matmul, _ in table.matmuls}
+    print("\n" + _line(HEAD) + "\n" + _line(["---"] * len(HEAD)), flush=True)
+    return [
+        product
+        for product in all_products()
+        if KERNELS[None if product.groups is None else product.name] in table.passed and product.matmul not in known
+    ]
+
+
+def _with(table: DeviceTable, product: Product, options: argparse.Namespace) -> DeviceTable:
+    """The table with one product more, if its kernel gives the product."""
+    try:
+        tuned = tune(product, target().sms, tilings=options.tilings, calls=options.calls)
+    except Exception as error:  # Whatever a compiler or a driver raises: there is no config to keep.
+        line = (str(error).splitlines() or [""])[0]
+        print(f"{product}: {type(error).__name__}: {line}", file=sys.stderr)
+        return table
+    print(_line(_cells(product, tuned)), flush=True)
+    cut = {field: getattr(tuned.config, field) for field in FIELDS}
+    return dataclasses.replace(table, matmuls=(*table.matmuls, (product.matmul, cut)))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m pallas_kernels.tune", description=sys.modules["pallas_kernels.tune"].__doc__
-    )
+    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.tune", description=tune_package.__doc__)
     parser.add_argument(
         "--to", type=Path, default=device_tables.FOLDER, help="folder of tables (default: the package's)"
     )
     parser.add_argument("--tilings", type=_positive, default=8, help="tiles and clusters to time of each matmul")
     parser.add_argument("--calls", type=_positive, default=20, help="timed calls of each")
-    parser.add_argument("--checks_only", action="store_true", help="time nothing: configs stay the defaults by size")
+    parser.add_argument("--again", action="store_true", help="measure what the table has already, too")
+    parser.add_argument("--checks_only", action="store_true", help="time nothing more")
     return parser
 
 
@@ -82,7 +130,7 @@ def _cells(product: Product, tuned: Tuned) -> tuple[str, ...]:
         f"{product.all_rows}×{product.n}×{product.k}",
         groups,
         f"{config.tile_m}×{config.tile_n}, {config.stages} stages, cluster {config.cluster}, swath {config.swath}",
-        f"{times.median:.1f} ({times.spread:.1f})",
+        f"{times.median:.1f} ({times.spread:.1f}){'' if times.clock == 'GPU' else ' by the clock of the host'}",
         f"{product.flops / times.median / 1e6:.0f}",
         f"{tuned.default.median / times.median:.2f} times",
         f"{tuned.portable.median / times.median:.2f} times",

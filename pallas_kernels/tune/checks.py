@@ -1,10 +1,13 @@
 """Whether the kernels equal their references on the device at hand: ragged and empty operands, and every magnitude.
 
-A reference runs on the CPU where every bit is compared: a GPU does not round 1 / scale to nearest.
+A reference runs on the CPU where every bit is compared: a GPU does not round 1 / scale to nearest. Operands are made by
+references as well, so that one kernel's fault is not another's.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +31,7 @@ from pallas_kernels.quantize import (
 )
 
 ROW, COLUMN, BLOCK = (1, 128), (128, 1), (128, 128)
+_quantized = functools.partial(quantize, implementation="reference")
 TENSOR_CORE_BITS = 2e-3
 """Error that tensor cores may make, relative to the sum of the magnitudes: they keep about 14 bits."""
 SIZES = ((1000, 1000, 1000), (64, 2112, 7168), (1, 1, 7), (0, 8, 8))
@@ -37,6 +41,7 @@ GROUPS = (0, 700, 1, 0, 300, 129)
 GROUPED_ROWS, GROUPED_WIDTHS = 1600, (1000, 600)
 SHAPES = ((1024, 7168), (1000, 1000), (1, 7))
 """Of what is quantised."""
+FLOATS = (jnp.bfloat16, jnp.float32)
 SWIGLU = ((1000, 2048), (70, 128))
 """Rows and channels."""
 PERMUTED = ((4096, 33000, 8, 7168), (100, 900, 6, 1500))
@@ -134,8 +139,8 @@ def _magnitudes(*operands: Any) -> tuple[Array, ...]:
 def _check_matmul(implementation: str) -> None:
     for m, n, k in SIZES:
         x, w, dy = _normal(0, m, k), _normal(1, k, n), _normal(2, m, n)
-        wgrad = quantize(x, COLUMN).T, quantize(dy, COLUMN)
-        for name, (a, b) in {"Fprop": (quantize(x, ROW), quantize(w, BLOCK)), "Wgrad": wgrad}.items():
+        wgrad = _quantized(x, COLUMN).T, _quantized(dy, COLUMN)
+        for name, (a, b) in {"Fprop": (_quantized(x, ROW), _quantized(w, BLOCK)), "Wgrad": wgrad}.items():
             got, want = (
                 block_scaled_matmul(a, b, out_dtype=jnp.float32, implementation=each)
                 for each in (implementation, "reference")
@@ -144,9 +149,9 @@ def _check_matmul(implementation: str) -> None:
             _require_close(got, want, TENSOR_CORE_BITS * np.asarray(size) + 1e-30, f"{name} of M={m}, N={n}, K={k}")
 
 
-def _grouped_operands(quantized: bool) -> dict[str, tuple[Any, Any]]:
-    """Both operands of each product, with zeros in the rows between groups."""
-    starts = np.cumsum([0, *(-(-size // 128) * 128 for size in GROUPS)])
+def _grouped_operands(quantized: bool, alignment: int) -> dict[str, tuple[Any, Any]]:
+    """Both operands of each product, with zeros in the rows of no group."""
+    starts = np.cumsum([0, *(-(-size // alignment) * alignment for size in GROUPS)])
     real = np.zeros((GROUPED_ROWS, 1), bool)
     for start, size in zip(starts, GROUPS, strict=False):
         real[start : start + size] = True
@@ -154,25 +159,54 @@ def _grouped_operands(quantized: bool) -> dict[str, tuple[Any, Any]]:
     w = _normal(2, len(GROUPS), *GROUPED_WIDTHS)
     if not quantized:
         return {"x": (x, w), "dy": (dy, w), "both": (x, dy)}
-    blocks = quantize(w, BLOCK)
-    both = quantize(x, COLUMN), quantize(dy, COLUMN)
-    return {"x": (quantize(x, ROW), blocks), "dy": (quantize(dy, ROW), blocks), "both": both}
+    blocks = _quantized(w, BLOCK)
+    both = _quantized(x, COLUMN), _quantized(dy, COLUMN)
+    return {"x": (_quantized(x, ROW), blocks), "dy": (_quantized(dy, ROW), blocks), "both": both}
 
 
 def _check_grouped(function: Callable, operands: str) -> Callable[[str], None]:
     def check(implementation: str) -> None:
-        sizes = jnp.asarray(GROUPS, jnp.int32)
-        for quantized in (True, False):
-            a, b = _grouped_operands(quantized)[operands]
-            options: dict[str, Any] = {"alignment": 128}
-            wide = options if operands == "both" else options | {"out_dtype": jnp.float32}
-            got = function(a, b, sizes, **wide, implementation=implementation)
-            want = function(a, b, sizes, **wide, implementation="reference")
-            size = function(*_magnitudes(a, b), sizes, **options, implementation="reference")
-            what = "in FP8" if quantized else "in bfloat16"
-            _require_close(got, want, TENSOR_CORE_BITS * np.asarray(size) + 1e-30, what)
+        for quantized, alignment in ((True, 128), (False, 128), (True, 1), (False, 1)):
+            if operands == "both" and (quantized, alignment) == (True, 1):
+                continue  # A tile of 128 rows would straddle groups.
+            what = f"in {'FP8' if quantized else 'bfloat16'}, groups at multiples of {alignment}"
+            _check_grouped_product(function, operands, quantized, alignment, implementation, what)
 
     return check
+
+
+def _check_grouped_product(function, operands, quantized, alignment, implementation, what):
+    sizes, (a, b) = jnp.asarray(GROUPS, jnp.int32), _grouped_operands(quantized, alignment)[operands]
+    options: dict[str, Any] = {"alignment": alignment}
+    wide = options if operands == "both" else options | {"out_dtype": jnp.float32}
+
+    def run(each):
+        return function(a, b, sizes, **wide, implementation=each)
+
+    size = np.asarray(function(*_magnitudes(a, b), sizes, **options, implementation="reference"))
+    _require_close(run(implementation), run("reference"), TENSOR_CORE_BITS * size + 1e-30, what)
+
+
+def _check_grouped_derivative(implementation: str) -> None:
+    """Of arrays, through `jax.grad`: the gradients of both operands."""
+    x, w = _grouped_operands(False, 1)["x"]
+    sizes = jnp.asarray(GROUPS, jnp.int32)
+
+    def gradients(each):
+        def loss(x, w):
+            y = grouped_matmul(x, w, sizes, implementation=each)
+            return jnp.square(y.astype(jnp.float32)).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1)))(x, w)
+
+    for got, want, what in zip(gradients(implementation), gradients("reference"), "xw", strict=True):
+        size = np.abs(np.asarray(want, np.float32))
+        _require_close(got, want, 2.0**-5 * (size + size.mean()), f"the gradient of {what} in bfloat16")
+
+
+def _check_grouped_matmul(implementation: str) -> None:
+    _check_grouped(grouped_matmul, "x")(implementation)
+    _check_grouped_derivative(implementation)
 
 
 # --- quantisers -------------------------------------------------------------------------------------------------------
@@ -203,9 +237,14 @@ def _check_one_quantizer(function, x, tile, power_of_two, floor, implementation)
 
 def _check_requantize(implementation: str) -> None:
     for shape in SHAPES:
-        kept = quantize(_wide_range(shape, jnp.float32), ROW, implementation="reference")
-        want = _on_cpu(lambda q: requantize(q, COLUMN, implementation="reference"), kept)
-        _require_same(requantize(kept, COLUMN, implementation=implementation), want, f"{shape}")
+        for power_of_two in (False, True):
+            _check_one_requantize(shape, {"power_of_two": power_of_two}, implementation)
+
+
+def _check_one_requantize(shape, how, implementation):
+    kept = _quantized(_wide_range(shape, jnp.float32), ROW, **how)
+    want = _on_cpu(lambda q: requantize(q, COLUMN, implementation="reference", **how), kept)
+    _require_same(requantize(kept, COLUMN, implementation=implementation, **how), want, f"{shape}, {how}")
 
 
 def _swiglu_operands(rows: int, channels: int, dtype: Any) -> tuple[Array, Array, Array]:
@@ -214,30 +253,36 @@ def _swiglu_operands(rows: int, channels: int, dtype: Any) -> tuple[Array, Array
 
 
 def _check_swiglu(implementation: str) -> None:
-    for rows, channels in SWIGLU:
-        for dtype in (jnp.bfloat16, jnp.float32):
-            gate_up, _, weights = _swiglu_operands(rows, channels, dtype)
-            for given in (weights, None):
-                got = quantize_swiglu(gate_up, given, implementation=implementation)
-                want = quantize_swiglu(gate_up, given, implementation="reference")
-                for one, other, what in zip(got, want, ("hidden", "gate_up"), strict=True):
-                    _require_nearly(one, other, f"{what} of {gate_up.dtype}{gate_up.shape}")
+    for (rows, channels), dtype, power_of_two in itertools.product(SWIGLU, FLOATS, (False, True)):
+        gate_up, _, weights = _swiglu_operands(rows, channels, dtype)
+        for given in (weights, None):
+
+            def run(each, given=given, gate_up=gate_up, power_of_two=power_of_two):
+                return quantize_swiglu(gate_up, given, power_of_two=power_of_two, implementation=each)
+
+            for got, want, what in zip(run(implementation), run("reference"), ("hidden", "gate_up"), strict=True):
+                _require_nearly(got, want, f"{what} of {gate_up.dtype}{gate_up.shape}")
 
 
 def _check_swiglu_backward(implementation: str) -> None:
-    for rows, channels in SWIGLU:
-        for dtype in (jnp.bfloat16, jnp.float32):
-            gate_up, dhidden, weights = _swiglu_operands(rows, channels, dtype)
-            _, kept = quantize_swiglu(gate_up, weights, implementation="reference")
-            for given in (weights, None):
-                got = swiglu_backward(kept, dhidden, given, implementation=implementation)
-                want = swiglu_backward(kept, dhidden, given, implementation="reference")
-                error = 2.0**-7 * np.abs(np.asarray(want.gate_up, np.float32)) + 1e-4
-                _require_close(got.gate_up, want.gate_up, error, "the gradient of gate_up")
-                if given is not None:
-                    error = 1e-3 * np.abs(np.asarray(want.weights)) + 1e-3
-                    _require_close(got.weights, want.weights, error, "the gradient of weights")
-                _require_nearly(got.hidden, want.hidden, "hidden in 128×1")
+    for (rows, channels), dtype, power_of_two in itertools.product(SWIGLU, FLOATS, (False, True)):
+        gate_up, dhidden, weights = _swiglu_operands(rows, channels, dtype)
+        _, kept = quantize_swiglu(gate_up, weights, power_of_two=power_of_two, implementation="reference")
+        for given in (weights, None):
+
+            def run(each, given=given, kept=kept, dhidden=dhidden, power_of_two=power_of_two):
+                return swiglu_backward(kept, dhidden, given, power_of_two=power_of_two, implementation=each)
+
+            _require_same_gradients(run(implementation), run("reference"))
+
+
+def _require_same_gradients(got, want):
+    error = 2.0**-7 * np.abs(np.asarray(want.gate_up, np.float32)) + 1e-4
+    _require_close(got.gate_up, want.gate_up, error, "the gradient of gate_up")
+    if want.weights is not None:
+        error = 1e-3 * np.abs(np.asarray(want.weights)) + 1e-3
+        _require_close(got.weights, want.weights, error, "the gradient of weights")
+    _require_nearly(got.hidden, want.hidden, "hidden in 128×1")
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -258,9 +303,24 @@ def _check_gather(implementation: str) -> None:
         for dtype in (jnp.bfloat16, jnp.float32):
             x, buffer, slots, _ = _permuted(dtype, *size)
             index = inverse_of_slots(slots, buffer.shape[0])
-            for rows in (x, quantize(x, ROW, implementation="reference")):
+            for rows in (x, _quantized(x, ROW)):
                 got, want = (gather_rows(rows, index, implementation=each) for each in (implementation, "reference"))
                 _require_same(got, want, f"rows of {dtype.__name__}{x.shape}")
+            _check_gathers_derivative(x, slots, index, implementation)
+
+
+def _check_gathers_derivative(x, slots, index, implementation):
+    """Each token's rows summed, by the gradient of a sum of squares."""
+
+    def gradient(each):
+        def loss(x):
+            return jnp.square(gather_rows(x, index, inverse=slots, implementation=each).astype(jnp.float32)).sum()
+
+        return jax.jit(jax.grad(loss))(x)
+
+    got, want = gradient(implementation), gradient("reference")
+    size = np.abs(np.asarray(want, np.float32))
+    _require_close(got, want, 2.0**-6 * (size + size.mean()), f"the gradient for {x.dtype}{x.shape}")
 
 
 def _check_combine(implementation: str) -> None:
@@ -268,6 +328,9 @@ def _check_combine(implementation: str) -> None:
         for dtype, relative in ((jnp.bfloat16, 2.0**-7), (jnp.float32, 1e-5)):
             _, buffer, slots, weights = _permuted(dtype, *size)
             _check_combined(buffer, slots, weights, relative, implementation)
+            got, want = (combine_rows(buffer, slots, implementation=each) for each in (implementation, "reference"))
+            magnitude = np.abs(np.asarray(want, np.float32))
+            _require_close(got, want, relative * (magnitude + magnitude.mean()), f"a plain sum of {buffer.dtype}")
 
 
 def _check_combined(buffer, slots, weights, relative, implementation):
@@ -288,7 +351,7 @@ def _check_combined(buffer, slots, weights, relative, implementation):
 
 CHECKS: dict[str, Callable[[str], None]] = {
     "block_scaled_matmul": _check_matmul,
-    "grouped_matmul": _check_grouped(grouped_matmul, "x"),
+    "grouped_matmul": _check_grouped_matmul,
     "grouped_matmul_dx": _check_grouped(grouped_matmul_dx, "dy"),
     "grouped_matmul_dw": _check_grouped(grouped_matmul_dw, "both"),
     "quantize": _check_quantizer(quantize, (ROW, COLUMN, BLOCK)),

@@ -32,7 +32,7 @@ from pallas_kernels.grouped_matmul.config import (
     array_step_cycles,
     default_array_config,
 )
-from pallas_kernels.quantize import Quantized, quantize, quantize_weight
+from pallas_kernels.quantize import Quantized, quantize
 from pallas_kernels.quantize.reference import Tile
 
 ROWS = (4096, 128, 64)
@@ -52,7 +52,7 @@ class Product:
     """One of a layer's three products, with rows in groups or without: x `[M, K]`, dy `[M, N]`, weights `[K, N]`."""
 
     name: str
-    """Fprop, Dgrad or Wgrad. FP8's Dgrad is the kernel of Fprop, and not among them."""
+    """Fprop, Dgrad or Wgrad."""
     rows: int
     """Of each group."""
     n: int
@@ -129,7 +129,7 @@ class Product:
         return tiles * -(-deep // STEP) * max(array_step_cycles(config).values())
 
     def make_operands(self, seed: int) -> tuple[Any, Any]:
-        """Random ones, as a layer would have them."""
+        """Random ones. Matrices in FP8 lie as the kernel reads them, so that no copy is timed: transposed for Fprop."""
         keys = jax.random.split(jax.random.key(seed), 2)
         of_a, of_b = {"Fprop": ("x", "w"), "Dgrad": ("dy", "w"), "Wgrad": ("x", "dy")}[self.name]
         shapes = {"x": (self.all_rows, self.k), "dy": (self.all_rows, self.n), "w": (self.k, self.n)}
@@ -145,40 +145,43 @@ class Product:
         if self.groups is None:
             if self.name == "Wgrad":
                 return lambda x, dy: block_scaled.block_scaled_matmul(x.T, dy, dtype, config=config)
-            return lambda x, w: block_scaled.block_scaled_matmul(x, w, dtype, config=config)
+            return lambda x, w: block_scaled.block_scaled_matmul(x, w.T, dtype, config=config)
         if self.name == "Wgrad":
             return lambda x, dy: grouped.rows_by_rows(x, dy, sizes, self.alignment, config=config)
-        contract = 1 if self.name == "Fprop" else 2
-        return lambda x, w: grouped.rows_by_matrices(x, w, sizes, self.alignment, dtype, contract, config=config)
+        contract, transposed = 1 if self.name == "Fprop" else 2, self.quantized and self.name == "Fprop"
+
+        def run(x, w):
+            w = w.T if transposed else w
+            return grouped.rows_by_matrices(x, w, sizes, self.alignment, dtype, contract, config=config)
+
+        return run
 
     def portable(self, a: Any, b: Any) -> Array:
         """The same without the kernel."""
         if self.groups is None:
-            a = a.T if self.name == "Wgrad" else a
+            a, b = (a.T, b) if self.name == "Wgrad" else (a, b.T)
             return block_scaled_matmul(a, b, out_dtype=self.result[2], implementation="dequantize")
         options: dict[str, Any] = {"alignment": self.alignment, "implementation": "blocked"}
         if self.name == "Wgrad":
             return grouped_matmul_dw(a, b, self._sizes(), **options)
         function = grouped_matmul if self.name == "Fprop" else grouped_matmul_dx
+        b = b.T if self.quantized and self.name == "Fprop" else b
         return function(a, b, self._sizes(), out_dtype=self.result[2], **options)
 
     def _sizes(self) -> Array:
         return jnp.full(self.groups or 0, self.rows, jnp.int32)
 
     def _quantized(self, a: Array, b: Array) -> tuple[Quantized, Quantized]:
+        how: Any = {"implementation": "reference"}
         if self.name == "Wgrad":
-            return quantize(a, (BLOCK, 1)), quantize(b, (BLOCK, 1))
-        # The transposed copy, as a layer keeps it for Fprop.
-        if b.ndim == 2:
-            return quantize(a, (1, BLOCK)), quantize_weight(b, implementation="reference")[1].T
-        transposed = quantize(b.mT, (BLOCK, BLOCK))
-        return quantize(a, (1, BLOCK)), transposed.T
+            return quantize(a, (BLOCK, 1), **how), quantize(b, (BLOCK, 1), **how)
+        return quantize(a, (1, BLOCK), **how), quantize(b.mT if self.name == "Fprop" else b, (BLOCK, BLOCK), **how)
 
 
 def all_products(rows: Sequence[int] = ROWS, weights: Sequence[tuple[int, int]] = WEIGHTS) -> list[Product]:
-    """Fprop of linear layers, their Wgrad, and every grouped product, at DeepSeek-V3's sizes."""
+    """Fprop of linear layers, their Dgrad and Wgrad, and every grouped product, at DeepSeek-V3's sizes."""
     products = [Product("Fprop", m, n, k) for m in rows for n, k in weights]
-    products += [Product("Wgrad", TOKENS, n, k) for n, k in weights]
+    products += [Product(name, TOKENS, n, k) for name in ("Dgrad", "Wgrad") for n, k in weights]
     return products + grouped_products()
 
 
@@ -186,7 +189,7 @@ def grouped_products(
     groups: Sequence[tuple[int, int]] = GROUPS, weights: Sequence[tuple[int, int]] = EXPERTS
 ) -> list[Product]:
     """Those of routed experts, in FP8 and in bfloat16."""
-    kinds = (("Fprop", E4M3), ("Wgrad", E4M3), ("Fprop", BF16), ("Dgrad", BF16), ("Wgrad", BF16))
+    kinds = [(name, operands) for operands in (E4M3, BF16) for name in ("Fprop", "Dgrad", "Wgrad")]
     return [
         Product(name, rows, n, k, count, operands)
         for name, operands in kinds

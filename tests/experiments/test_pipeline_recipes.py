@@ -90,4 +90,4 @@ def test_what_can_only_be_planned_says_so_when_it_is_started(recipe, tmp_path):
     ):
         train(recipe(), workdir=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
-    override_all(recipe(), ["planned_only=none"]).check_runs()
+    override_all(recipe(), ["cannot_run=none"]).check_runs()

@@ -14,6 +14,7 @@ from pallas_kernels.device_tables import FIELDS, DeviceTable, file_name, read
 from pallas_kernels.grouped_matmul import preferred_alignment
 from pallas_kernels.grouped_matmul.config import ArrayConfig, array_config_for, array_matmul
 from pallas_kernels.implementation import choose
+from pallas_kernels.quantize import quantize
 from pallas_kernels.target import H200, compiling_for, target
 
 BF16 = jnp.dtype(jnp.bfloat16)
@@ -25,6 +26,7 @@ CUT = {field: getattr(MEASURED, field) for field in FIELDS}
 def folder(tmp_path, monkeypatch):
     """Of the user's own tables, and nothing that was read before."""
     monkeypatch.setenv(device_tables.OWN_FOLDER, str(tmp_path))
+    monkeypatch.setattr(device_tables, "FOLDER", tmp_path / "none")
     for cached in (device_tables._of_device, implementation._say):
         cached.cache_clear()
     yield tmp_path
@@ -53,7 +55,7 @@ def test_a_table_is_read_as_it_was_written(folder):
     [
         (lambda fields: fields.pop("passed"), "KeyError: 'passed'"),
         (lambda fields: fields.update(more=1), "unexpected keyword argument 'more'"),
-        (lambda fields: fields["matmuls"][0].update(rows=0), "positive whole numbers"),
+        (lambda fields: fields["matmuls"][0].update(tokens=0), "positive whole numbers"),
         (lambda fields: fields["matmuls"][0]["config"].pop("swath"), "a config has tile_m"),
         (lambda fields: fields["matmuls"][0]["config"].update(swath="8"), "whole numbers each"),
         (lambda fields: fields.update(jax=0), "must be text"),
@@ -76,7 +78,11 @@ def test_a_kernel_is_chosen_by_itself_only_where_a_table_of_this_jax_says_that_i
     for written, wanted, said in (
         (None, "reference", "no table says that the kernel passed its checks on NVIDIA H200"),
         (table(), "mosaic_gpu", "quantize runs as mosaic_gpu"),
-        (table(passed=("requantize",)), "reference", "did not pass its checks on NVIDIA H200, says its table of 2026"),
+        (
+            table(passed=("requantize",)),
+            "reference",
+            "the kernel of quantize did not pass its checks on NVIDIA H200, says its table of 2026",
+        ),
         (table(jax="0.0.1"), "reference", "is of jax 0.0.1, and this is"),
     ):
         if written is not None:
@@ -122,6 +128,35 @@ def test_a_matmul_is_cut_as_the_nearest_that_was_measured(folder):
         columns = config_for(4096, 2112, 7168, BF16, 132, b_tile=(128, 1))
         assert columns == default_config(4096, 2112, BF16, 132, b_tile=(128, 1))
     assert config_for(4096, 2112, 7168, BF16, 132) == default_config(4096, 2112, BF16, 132)  # Of a CPU there is none.
+
+
+def test_of_a_wgrad_the_tokens_are_what_is_summed_over(folder):
+    float32, cut = jnp.dtype(jnp.float32), CUT | {"tile_m": 128, "tile_n": 32}
+    table(matmuls=((matmul(7168, 2112, 4096, float32, b_tile=(128, 1)), cut),)).write(folder)
+    with compiling_for(H200):
+        for tokens in (4096, 4097, 8192):
+            config = config_for(7168, 2112, tokens, float32, 132, b_tile=(128, 1))
+            assert config == MatmulConfig(**cut, b_tile=(128, 1))
+        for rows, tokens in ((3584, 4096), (7168, 8193)):
+            config = config_for(rows, 2112, tokens, float32, 132, b_tile=(128, 1))
+            assert config == default_config(rows, 2112, float32, 132, b_tile=(128, 1))
+
+
+def test_a_kernel_whose_derivative_rests_on_another_needs_both(folder):
+    table(passed=("grouped_matmul",)).write(folder)
+    obstacles = {"mosaic_gpu": None, "reference": None}
+    with compiling_for(H200):
+        assert choose("grouped_matmul", None, obstacles) == "mosaic_gpu"
+        assert choose("grouped_matmul", None, obstacles, rests_on=("grouped_matmul_dw",)) == "reference"
+
+
+def test_work_on_the_hosts_processor_goes_without_kernels(folder):
+    """As exporting a run does, on a machine with a GPU whose kernels passed."""
+    with compiling_for(H200._replace(trusted=True)), jax.default_device(jax.devices("cpu")[0]):
+        assert target().backend == "cpu"
+        quantize(jnp.ones((128, 128), jnp.bfloat16), (1, 128))
+    with compiling_for(H200), device_tables.ignored():
+        assert device_tables.of_device(H200.kind) is None
 
 
 def test_products_of_bfloat16_have_configs_of_their_own(folder):

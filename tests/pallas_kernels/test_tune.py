@@ -1,5 +1,7 @@
 """The tuner: its checks can fail, its candidates can be had, and what it finds is what the table says."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import mosaic_interpreter
@@ -17,6 +19,7 @@ from pallas_kernels.tune.timing import Timing, time_kernels
 
 SMALL = [
     Product("Fprop", 64, 128, 256),
+    Product("Dgrad", 64, 128, 256),
     Product("Wgrad", 128, 256, 128),
     *(Product(name, 128, 128, 256, 2) for name in ("Fprop", "Wgrad")),
     *(Product(name, 128, 128, 256, 2, BF16) for name in ("Fprop", "Dgrad", "Wgrad")),
@@ -140,6 +143,31 @@ def test_what_cannot_be_compiled_is_passed_over_but_not_the_default(monkeypatch,
         search.tune(product, 132, tilings=3)
 
 
+@pytest.mark.parametrize("product", SMALL, ids=str)
+def test_what_is_timed_has_to_be_the_product(product, monkeypatch):
+    operands = product.make_operands(0)
+    right = search.Right(product, operands)
+    monkeypatch.setattr(Product, "by_kernel", lambda self, config: self.portable)
+    right.require(None)
+    monkeypatch.setattr(Product, "by_kernel", lambda self, config: lambda a, b: self.portable(a, b) * 1.1)
+    with pytest.raises(checks.CheckFailed, match="results are wrong"):
+        right.require(None)
+
+
+def test_what_is_wrong_is_not_the_fastest(monkeypatch, caplog):
+    product = all_products()[0]
+    monkeypatch.setattr(Product, "make_operands", lambda self, seed: ())
+    _tune_with(monkeypatch, lambda config: 1.0 if config == product.default(132) else 0.1)
+
+    def require(config):
+        if config != product.default(132):
+            raise checks.CheckFailed("7 of 9 results are wrong")
+
+    monkeypatch.setattr(search, "Right", lambda product, operands: types.SimpleNamespace(require=require))
+    assert search.tune(product, 132, tilings=3).config == product.default(132)
+    assert "7 of 9 results are wrong" in caplog.text
+
+
 def _tune_with(monkeypatch, seconds):
     """A GPU on which a config takes 100 · seconds(config) µs, and the portable product 700."""
     monkeypatch.setattr(Product, "by_kernel", lambda self, config: config)
@@ -148,6 +176,7 @@ def _tune_with(monkeypatch, seconds):
         return Timing(100 * seconds(function) if hasattr(function, "tile_m") else 700.0, 0.0)
 
     monkeypatch.setattr(search, "time_kernels", timing)
+    monkeypatch.setattr(search, "Right", lambda product, operands: types.SimpleNamespace(require=lambda config: None))
 
 
 def test_times_by_the_clock_of_the_host():
@@ -178,11 +207,32 @@ def test_the_command_writes_what_was_found(monkeypatch, tmp_path, capsys):
         assert cut == {field: getattr(product.default(132), field) for field in FIELDS}
     out = capsys.readouterr().out
     assert out.count("1.00 times | 7.00 times |") == len(passed)
-    assert command.main(["--to", str(tmp_path), "--checks_only"]) == 0
-    assert device_tables.read(tmp_path / "nvidia_h200.json").matmuls == ()
+    # What was measured stays, and is not measured again unless asked.
+    for options, measured in ((["--checks_only"], 0), ([], 0), (["--again"], len(passed))):
+        assert command.main(["--to", str(tmp_path), *options]) == 0
+        assert len(device_tables.read(tmp_path / "nvidia_h200.json").matmuls) == len(passed)
+        assert capsys.readouterr().out.count("7.00 times |") == measured
 
 
-@pytest.mark.parametrize("product", [SMALL[0], SMALL[3], SMALL[5]], ids=str)
+def test_a_folder_that_cannot_be_written_to_is_named_before_anything_runs(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(command, "not_hopper", lambda: None)
+    (tmp_path / "file").write_text("")
+    assert command.main(["--to", str(tmp_path / "file" / "folder")]) == 2
+    assert "name another folder with --to" in capsys.readouterr().err
+
+
+def test_a_wrong_gradient_is_found(few, monkeypatch):
+    def wrong(x, w, sizes, implementation):
+        scale = 1.0 if implementation == "reference" else 1.2
+        return right(x, jax.lax.stop_gradient(w * (1 - scale)) + w * scale, sizes, implementation="reference")
+
+    right = checks.grouped_matmul
+    monkeypatch.setattr(checks, "grouped_matmul", wrong)
+    with pytest.raises(checks.CheckFailed, match=r"the gradient of . in bfloat16"):
+        checks._check_grouped_derivative("wrong")
+
+
+@pytest.mark.parametrize("product", [SMALL[1], SMALL[3], SMALL[4]], ids=str)
 def test_the_kernel_that_is_timed_is_the_product(product, monkeypatch):
     """Interpreted, on small operands: `by_kernel` passes the operands as the kernel reads them."""
     config = product.default(1)

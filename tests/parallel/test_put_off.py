@@ -7,11 +7,11 @@ from deepseek_jax.parallel.mesh import ParallelConfig
 from deepseek_jax.parallel.pipeline.check import check
 from deepseek_jax.parallel.pipeline.choice import ScheduleChoice
 from deepseek_jax.parallel.pipeline.generators import make_schedule
-from deepseek_jax.parallel.pipeline.put_off import with_less_put_off
+from deepseek_jax.parallel.pipeline.put_off import PUTS_OFF, with_less_put_off
 from deepseek_jax.parallel.pipeline.simulate import Costs, simulate
 from deepseek_jax.parallel.pipeline.tables import make_tables
 
-NAMES = ("zb_h1", "dualpipe", "dualpipe_v")
+NAMES = PUTS_OFF
 
 
 def most_waiting(schedule, rank):
@@ -70,6 +70,8 @@ def test_it_is_chosen_by_a_field_and_wrong_values_are_named(tmp_path):
     assert ScheduleChoice("dualpipe", 4).make(8).name == "dualpipe"
     with pytest.raises(ConfigError, match=r"^parallel.put_off must be 0 or more, or none, not -1$"):
         ParallelConfig(pipe=4, put_off=-1)
+    with pytest.raises(ConfigError, match=r"^parallel.put_off=1 is for zb_h1, dualpipe, dualpipe_v: in parallel.sche"):
+        ScheduleChoice("gpipe", 4, put_off=1).make(8)
     path = tmp_path / "own.txt"
     path.write_text("")
     with pytest.raises(ConfigError, match=r"parallel.put_off=1 does not go with a schedule of one's own"):

@@ -58,6 +58,8 @@ HloModule jit_step, is_scheduled=true
   %y = bf16[8,16]{1,0} fusion(%x), kind=kLoop, calls=%inner
   %go = ((bf16[8,16]{1,0}), bf16[8,16]{1,0}) all-to-all-start(%y), channel_id=1, replica_groups={{0,1}}, dimensions={0}
   %z = bf16[8,16]{1,0} all-to-all-done(%go)
+  %sum = f32[4,8]{1,0} all-reduce-start(%copy.1), channel_id=2, replica_groups={{0,1}}, to_apply=%add
+  %summed = f32[4,8]{1,0} all-reduce-done(%sum)
   ROOT %out = (s32[], f32[4,8]{1,0}, bf16[8,16]{1,0}) tuple(%i, %copy.1, %z)
 }
 
@@ -81,7 +83,7 @@ def test_shapes_calls_and_trip_counts_are_read():
     assert (program.entry, loop.trips, program.body(loop)) == ("main", 7, "body")
     assert loop.arrays == (Array("s32", ()), Array("f32", (4, 8)), Array("bf16", (8, 16)))
     assert loop.bytes == 4 + 4 * 32 + 2 * 128
-    assert program.instructions == 2 + 9 + 3 + 2
+    assert program.instructions == 2 + 11 + 3 + 2
     assert program.computations["body"].by_name["copy.1"].op_name == "jit(step)/while/body/add"
 
 
@@ -93,19 +95,19 @@ def test_copies_of_a_shape_are_found_inside_fusions_too():
 
 
 def test_a_collective_that_starts_and_ends_counts_once():
-    assert count_collectives(read_program(PROGRAM)) == {"all-to-all": 1}
+    assert count_collectives(read_program(PROGRAM)) == {"all-to-all": 1, "all-reduce": 1}
 
 
 def test_bytes_of_collectives_count_as_often_as_their_loop_turns():
-    """256 bytes received in each of 7 turns: what a start's operand takes is not its result."""
-    assert collective_bytes(read_program(PROGRAM)) == {"all-to-all": 7 * 2 * 128.0}
+    """In each of 7 turns 256 bytes and 128: a start's shape may name operands as well, or not."""
+    assert collective_bytes(read_program(PROGRAM)) == {"all-to-all": 7 * 256.0, "all-reduce": 7 * 128.0}
 
 
 def test_reach_is_what_needs_a_result():
     """F's and B's exchanges are independent where neither reaches the other."""
     body = read_program(PROGRAM).computations["body"]
     assert body.reach(body.by_name["y"]) == {"go", "z", "out"}
-    assert body.reach(body.by_name["copy.1"]) == {"out"}
+    assert body.reach(body.by_name["copy.1"]) == {"out", "sum", "summed"}
 
 
 def test_text_of_another_kind_is_refused():

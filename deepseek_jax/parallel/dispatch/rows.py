@@ -13,7 +13,8 @@ from deepseek_jax import ops
 
 def take_rows(x: jax.Array, index: jax.Array, fill=0) -> jax.Array:
     """Rows of x by index, `fill` where the index is past the end."""
-    if fill == 0 and x.ndim == 2 and jnp.issubdtype(x.dtype, jnp.floating):
+    # Rows of a kernel are a line of 128 numbers at least; scales are narrower.
+    if fill == 0 and x.ndim == 2 and x.shape[1] >= 128 and jnp.issubdtype(x.dtype, jnp.floating):
         return ops.gather_rows(x, index)
     return jnp.take(x, index, axis=0, mode="fill", fill_value=fill)
 

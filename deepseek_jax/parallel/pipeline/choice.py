@@ -7,7 +7,7 @@ import functools
 
 from deepseek_jax.config import ConfigError, require
 from deepseek_jax.parallel.pipeline.generators import make_schedule
-from deepseek_jax.parallel.pipeline.put_off import with_less_put_off
+from deepseek_jax.parallel.pipeline.put_off import PUTS_OFF, with_less_put_off
 from deepseek_jax.parallel.pipeline.schedule import Schedule, StageMap
 from deepseek_jax.parallel.pipeline.text import read_schedule
 
@@ -42,7 +42,14 @@ class ScheduleChoice:
                 chunks = f" parallel.chunks={self.chunks}" if self.chunks else ""
                 fields = f"parallel.schedule={self.name} parallel.pipe={self.ranks}{chunks}"
                 raise ConfigError(f"{fields}: {error}") from None
-            return known if self.put_off is None else with_less_put_off(known, self.put_off)
+            if self.put_off is None:
+                return known
+            require(
+                self.name in PUTS_OFF,
+                f"parallel.put_off={self.put_off} is for {', '.join(PUTS_OFF)}: in parallel.schedule={self.name} no "
+                "weight gradient waits",
+            )
+            return with_less_put_off(known, self.put_off)
         own = self._own
         require(
             own.microbatches == microbatches,

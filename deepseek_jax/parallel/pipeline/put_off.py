@@ -11,6 +11,9 @@ import dataclasses
 from deepseek_jax.config import require
 from deepseek_jax.parallel.pipeline.schedule import Cell, Op, Schedule
 
+PUTS_OFF = ("zb_h1", "dualpipe", "dualpipe_v")
+"""The known schedules in which weight gradients wait."""
+
 
 def with_less_put_off(schedule: Schedule, most: int) -> Schedule:
     """The schedule in which at most so many weight gradients wait on a rank; 0 puts off none.
