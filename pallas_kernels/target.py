@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -34,7 +34,7 @@ _TARGET: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target"
 def target() -> Target:
     """That of `compiling_for`, of `jax.default_device`, or jax's first device."""
     chosen = _TARGET.get()
-    default = jax.config.jax_default_device
+    default: Any = getattr(jax.config, "jax_default_device", None)
     if default is None and chosen is not None:
         return chosen
     device = jax.devices(default)[0] if default is None or isinstance(default, str) else default

@@ -8,7 +8,7 @@ largest arrays that ever lie in each part of it: `largest_buffers`. The plan and
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _VARINT, _EIGHT_BYTES, _TEXT, _FOUR_BYTES = 0, 1, 2, 5
 """How a field is written."""
@@ -89,7 +89,7 @@ def _names(module: bytes) -> Iterator[tuple[int, tuple[str, str]]]:
                 yield fields.get(35, 0), (bytes(fields[1]).decode(), bytes(op_name).decode())
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """(number, value) of each field of a message: an int, or the bytes of a text or an inner message."""
     at = 0
 
