@@ -66,13 +66,14 @@ def _largest_temporary(plan: bytes, names: dict[int, tuple[str, str]]) -> list[B
     pieces: list[tuple[int, list[tuple[int, int, int]]]] = []
     for number, value in _fields(plan):
         if number == 1:  # LogicalBufferProto: id 1, defined_at 3, whose instruction_id is 4.
-            fields = dict(_fields(value))
-            made_by[fields[1]] = dict(_fields(fields.get(3, b""))).get(4, 0)
+            logical = dict(_fields(value))
+            made_by[logical[1]] = dict(_fields(logical.get(3, b""))).get(4, 0)
         elif number == 3:  # BufferAllocationProto: size 2, is_thread_local 3, parameter 5, result 7, constant 12.
-            fields = list(_fields(value))
-            if not {3, 5, 7, 12} & {key for key, _ in fields}:
-                places = [dict(_fields(one)) for key, one in fields if key == 9]  # logical_buffer_id, offset, size
-                pieces.append((dict(fields).get(2, 0), [(p[1], p.get(2, 0), p.get(3, 0)) for p in places]))
+            piece = list(_fields(value))
+            if not {3, 5, 7, 12} & {key for key, _ in piece}:
+                # logical_buffer_id 1, offset 2, size 3
+                assigned = [dict(_fields(inner)) for key, inner in piece if key == 9]
+                pieces.append((dict(piece).get(2, 0), [(at[1], at.get(2, 0), at.get(3, 0)) for at in assigned]))
     _, places = max(pieces, default=(0, []))
     return [Buffer(*names.get(made_by[logical], ("", "")), offset, size) for logical, offset, size in places]
 
