@@ -55,6 +55,28 @@ class Phases:
         by_slot = self._by_phase(by_phase)
         return add(by_slot[0], self._mirrored(by_slot[1])) if self._stages.copies == 2 else joined(by_slot)
 
+    def sums_home(self, stacks: Tree) -> Tree:
+        """The way back of sums that are stacked by phase, `[phases, layers, ...]`.
+
+        Leaf after leaf: of two directions, what is sent and what comes is as large as half of all sums. One leaf at a
+        time it is as large as that.
+        """
+        leaves, tree = jax.tree.flatten(stacks)
+        found: list[jax.Array] = []
+        for leaf in leaves:
+            if found:
+                leaf, found[-1] = lax.optimization_barrier((leaf, found[-1]))
+            found.append(self._sum_home(leaf))
+        return tree.unflatten(found)
+
+    def _sum_home(self, leaf: jax.Array) -> jax.Array:
+        slots = self._stages.slots
+        if slots == 1 or (self._flip is None and self._stages.copies == 1):
+            return leaf.reshape(-1, *leaf.shape[2:])
+        phases = [slot if self._flip is None else slot ^ self._flip for slot in range(slots)]
+        by_slot = [lax.dynamic_index_in_dim(leaf, phase, keepdims=False) for phase in phases]
+        return by_slot[0] + self._mirrored(by_slot[1]) if self._stages.copies == 2 else jnp.concatenate(by_slot)
+
     def added(self, totals: tuple, phase: Phase, tree: Any, add: Callable[[Any, Any], Any]) -> tuple:
         """Per-phase totals with a tree added to one of them."""
         known = isinstance(phase, int)

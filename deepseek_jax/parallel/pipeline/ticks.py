@@ -99,11 +99,10 @@ class _Run:
 
     def train(self):
         totals = self._ticks()
-        by_phase = tuple(jax.tree.map(lambda leaf, p=p: leaf[p], totals.stacks) for p in range(self.stages.slots))
         own = self.model.split_ends
         ends = {name: tree if name in own else self._once(tree) for name, tree in totals.ends.items()}
         ends |= {name: add(ends[name], tree) for name, tree in totals.shared.items()}
-        return self._outputs(totals), {**self.phases.home(by_phase, add), **ends}
+        return self._outputs(totals), {**self.phases.sums_home(totals.stacks), **ends}
 
     def evaluate(self):
         return self._outputs(self._ticks())
