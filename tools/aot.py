@@ -12,10 +12,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,7 +32,7 @@ from deepseek_jax.config_io import override_all
 from deepseek_jax.model.targets import Microbatch
 from deepseek_jax.parallel.pipeline.tables import make_tables
 from deepseek_jax.parallel.sharding import BATCH_SPEC
-from deepseek_jax.planning.buffers import largest_buffers
+from deepseek_jax.planning.buffers import largest_buffers, read_plan
 from deepseek_jax.planning.compiled import (
     CompiledProgram,
     collective_bytes,
@@ -174,7 +177,7 @@ class StepReport:
     collectives: dict[str, tuple[int, float]]
     """Of each kind how many stand in the program, and the bytes of their results in a step, at most."""
     largest: list[tuple[int, str, str]]
-    """The largest arrays in temporary memory that share no bytes: bytes, name, where from."""
+    """The largest arrays in temporary memory that share no bytes: bytes, shape, where from."""
     planned: DeviceMemory
     """What the planner says of the same step."""
     seconds: float
@@ -193,11 +196,13 @@ class StepReport:
         return self.planned.total - self.planned.lost
 
 
-def report_of(experiment: Experiment, microbatches: int, compiled, seconds: float) -> StepReport:
-    """Reads a compiled step of an experiment."""
+def report_of(experiment: Experiment, microbatches: int, compiled, plan_of_memory: str, seconds: float) -> StepReport:
+    """Reads a compiled step of an experiment, and the compiler's plan of its memory."""
     plan, program = compiled.memory_analysis(), read_program(compiled.as_text())
     moved, counts = collective_bytes(program), count_collectives(program)
     parallel, job = experiment.parallel, job_of(experiment)
+    buffers = largest_buffers(plan_of_memory, LARGEST)
+    made_by = {one.name: one.op_name for of in program.computations.values() for one in of.instructions if one.op_name}
     rows = microbatches * (parallel.microbatch_rows or 1) * parallel.batch_shards
     return StepReport(
         jax=jax.__version__,
@@ -207,7 +212,7 @@ def report_of(experiment: Experiment, microbatches: int, compiled, seconds: floa
         results=plan.output_size_in_bytes - plan.alias_size_in_bytes,
         temporaries=plan.temp_size_in_bytes,
         collectives={kind: (count, moved.get(kind, 0.0)) for kind, count in counts.items()},
-        largest=[(one.size, one.name, one.op_name) for one in largest_buffers(compiled, LARGEST)],
+        largest=[(one.size, one.shape, made_by.get(one.name, one.name)) for one in buffers],
         planned=device_memory(dataclasses.replace(job, rows=rows)),
         seconds=seconds,
         host_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -222,7 +227,7 @@ def describe(found: StepReport, usable: float) -> str:
         f"{words} {getattr(found.planned, name) / 1e9:.1f}" for name, words in MEMORY_PARTS.items() if name != "lost"
     )
     collectives = [(kind, str(n), f"{moved / 1e9:.2f}") for kind, (n, moved) in found.collectives.items()]
-    largest = [(f"{size / 1e9:.2f}", name, where[-90:]) for size, name, where in found.largest]
+    largest = [(f"{size / 1e9:.2f}", shape, where[-90:]) for size, shape, where in found.largest]
     return "\n".join(
         [
             f"compiled for sm_90a and {found.devices:,} devices in {found.seconds:.0f} s with "
@@ -255,13 +260,17 @@ def main(argv: Sequence[str]) -> int:
         choice = experiment.parallel.schedule_choice
         microbatches = MICROBATCHES.value or choice.fitting(1)
         choice.make(microbatches)  # or says what it can have
-        mesh = h200_mesh(experiment.parallel, memory=round(MEMORY.value * 1e9))
-        with compiling_for(target.H200._replace(trusted=True)) if KERNELS.value else contextlib.nullcontext():
-            compiled = compile_step(experiment, microbatches, SETTING.value, options, mesh)
+        with tempfile.TemporaryDirectory() as folder:
+            # Before the plugin is loaded, which reads it. XLA says where it places arrays nowhere else.
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder}".strip()
+            mesh = h200_mesh(experiment.parallel, memory=round(MEMORY.value * 1e9))
+            with compiling_for(target.H200._replace(trusted=True)) if KERNELS.value else contextlib.nullcontext():
+                compiled = compile_step(experiment, microbatches, SETTING.value, options, mesh)
+            plan_of_memory = read_plan(Path(folder))
     except (ConfigError, UsageError) as error:
         print(error, file=sys.stderr)
         return 2
-    found = report_of(experiment, microbatches, compiled, time.perf_counter() - begin)
+    found = report_of(experiment, microbatches, compiled, plan_of_memory, time.perf_counter() - begin)
     usable = MEMORY.value * 1e9 - H200.reserved if flags.FLAGS["memory_gb"].present else H200.usable_memory
     if JSON.value:
         print(json.dumps(dataclasses.asdict(found) | {"peak": found.peak, "usable": usable}, indent=1))

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.run import prepare_environment, prepare_for_stages
+from experiments.run import keep_freed_memory, prepare_environment, prepare_for_stages
 from tools.bench.pipeline_cases import lowered, make_trainer, model_of
 
 
@@ -139,6 +139,8 @@ def take_steps(case: Case, *, recompute: str, tokens: int, traces: str | None) -
     model, how = model_of(case.stages), {"schedule": case.schedule, "overlap": case.overlap}
     trainer = make_trainer(model, data=case.data, pipe=case.pipe, recompute=recompute, **how)
     run = Run(case.name, trainer, case.rows, tokens)
+    # As a run has it: else each step gets its buffers anew, page by page.
+    keep_freed_memory()
     # After compiling, which profits from more.
     share_one_core()
     for line in sys.stdin:
