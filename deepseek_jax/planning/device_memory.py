@@ -27,6 +27,12 @@ from deepseek_jax.tree import flatten
 
 FRAGMENTATION = 0.04
 """Of all that is allocated, what is lost between buffers: a guess, to be measured on a GPU."""
+STEADY_LOOPS = 3
+"""Loops over ticks of a schedule with steady ones: those before, these, those after. XLA has the gradients of a stage's
+dense layers once in each besides their sum, since a conditional gives them: counted in compiled steps
+(`tools.aot_golden`)."""
+MIRRORED_LEAVES = 3
+"""How often a weight's gradient is there when it goes from a stage to its mirror: what is sent, what comes, the sum."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +86,8 @@ class DeviceMemory:
     put_off: float
     """What input gradients leave for weight gradients that wait."""
     buffers: float
-    """One layer at work, both ways, with its rows for experts; logits."""
+    """One layer at work, both ways, with its rows for experts, logits, and gradients on their way to their sums; or at
+    a step's end, where that is more, those on their way to mirrored stages."""
     lost: float
     """Between buffers."""
 
@@ -149,23 +156,42 @@ def _of_pipeline(job: Job) -> DeviceMemory:
     put_off = (tables.rings.stash + 1) * sizes.stash if tables.rings.stash else 0
     logits = job.tokens * job.model.vocab_size / job.parallel.pipe * job.width
     masters = _masters(job)
+    loops = STEADY_LOOPS if job.parallel.overlap != "off" and tables.steady else 1
     found = {
         "masters": masters,
         "weights": tables.schedule.stages.slots * _copy_bytes(job, stage) + _copy_bytes(job, ends),
         "gradients": float(parts.gradients),
         "activations": float(parts.rings - put_off),
         "put_off": float(put_off),
-        "buffers": parts.transients + logits,
+        "buffers": max(parts.transients + logits + loops * _dense_gradients(job), _largest_mirrored(job)),
     }
     return DeviceMemory(**found, lost=FRAGMENTATION * (sum(found.values()) - masters))
 
 
+def _dense_gradients(job: Job) -> float:
+    """Bytes of the gradients of a stage's dense layers."""
+    slots = place_once(job.model, job.parallel.layers_per_stage, job.stage_map).size("dense")
+    return 4 * slots * parameter_counts(job.model, job.precision.fp8)["dense"].dense
+
+
+def _largest_mirrored(job: Job) -> float:
+    """Bytes besides sums when the largest weight's gradient goes to its mirror, at the end of a step; else 0."""
+    if job.stage_map.copies == 1:
+        return 0.0
+    placement = place_once(job.model, job.parallel.layers_per_stage, job.stage_map)
+    experts = job.model.moe.num_experts / (job.parallel.node * job.parallel.expert)
+    moe = (placement.size("moe") or placement.size("mtp")) * experts * job.model.moe.expert_ffn_size
+    widest = max(placement.size("dense") * job.model.dense_ffn_size, moe)
+    return MIRRORED_LEAVES * 4 * 2 * widest * job.model.hidden_size
+
+
 def _microbatches_that_show(job: Job) -> int:
-    """With how many microbatches a schedule stores as much as it ever does: two for each rank, but in GPipe, which
-    stores all, and in a schedule of one's own those that the step has."""
+    """With how many microbatches a schedule stores as much as it ever does: two for each rank, or three, with which it
+    has steady ticks, if the step has as many; but in GPipe, which stores all, and in a schedule of one's own those that
+    the step has."""
     choice = job.parallel.schedule_choice
     grows = choice.name == "gpipe" or choice.name.endswith(SUFFIX)
-    return job.microbatches if grows else choice.fitting(2 * choice.ranks)
+    return job.microbatches if grows else choice.fitting(min(max(job.microbatches, 2 * choice.ranks), 3 * choice.ranks))
 
 
 def _of_one_stage(job: Job) -> DeviceMemory:

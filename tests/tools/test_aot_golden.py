@@ -6,6 +6,7 @@ import json
 import pytest
 
 from deepseek_jax.config_io import override_all
+from deepseek_jax.planning.device_memory import device_memory
 from deepseek_jax.planning.job import with_device_count
 from experiments.run import find_recipe
 from tools import aot_golden
@@ -88,3 +89,12 @@ def test_the_kept_points_are_these():
         assert one["peak"] == one["arguments"] + one["results"] + one["temporaries"] <= one["usable"]
         assert sum(size for size, *_ in one["largest"]) <= one["temporaries"]
         assert {"all-to-all", "all-reduce", "collective-permute"} <= set(one["collectives"])
+
+
+def test_the_planner_is_within_a_tenth_of_the_compiler():
+    """docs/planner.md, "Beside the compiler"."""
+    for devices, one in json.loads(aot_golden.KEPT.read_text()).items():
+        recipe, changes = aot_golden.POINTS[int(devices)]
+        job = job_of(override_all(find_recipe(recipe)(), list(changes)))
+        planned = device_memory(job)
+        assert (planned.total - planned.lost) / one["peak"] == pytest.approx(1, abs=0.1), devices

@@ -201,7 +201,7 @@ def test_fine_tuning_is_the_reports():
 def test_the_page_is_whole_and_needs_nothing_else(tmp_path, capsys):
     """Memory bar with its limit, time bar, pipeline picture; no script, no address to fetch from."""
     page = tmp_path / "plan.html"
-    changes = ["--set", "precision=v3_fp8", "--set", "parallel.recompute=full"]
+    changes = ["--set", "precision=v3_fp8", "--set", "parallel.recompute=full", "--set", "parallel.put_off=0"]
     text = printed(capsys, *V3, "--gpu", "h200", *changes, "--html", str(page))
     html = page.read_text()
     assert "v3.pretrain on 2,048 h200" in html
