@@ -67,7 +67,7 @@ class Phases:
             if found:
                 leaf, found[-1] = lax.optimization_barrier((leaf, found[-1]))
             found.append(self._sum_home(leaf))
-        return tree.unflatten(found)
+        return jax.tree.unflatten(tree, found)
 
     def _sum_home(self, leaf: jax.Array) -> jax.Array:
         slots = self._stages.slots
