@@ -176,7 +176,7 @@ def draw(runs: Sequence[Run]) -> Figure:
             axes.axvline(first.total_tokens / 2, color=plots.GREY, linestyle=":", linewidth=1.1)
             axes.set_xlabel("tokens")
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-            axes.legend(fontsize=8.5)
+            axes.legend(fontsize=8.5, frameon=True, framealpha=0.9, edgecolor="none")
         losses.set_title(f"Main loss, nats per token, smoothed by {SMOOTHING}")
         errors.set_title("Relative error, %; judged right of the dotted line")
         errors.set(yscale="log", ylim=(1e-3, None))
