@@ -37,8 +37,11 @@ def target() -> Target:
     default: Any = getattr(jax.config, "jax_default_device", None)
     if default is None and chosen is not None:
         return chosen
-    device = jax.devices(default)[0] if default is None or isinstance(default, str) else default
-    backend = jax.default_backend() if default is None else device.platform
+    if default is None:
+        device, backend = jax.devices()[0], jax.default_backend()
+    else:
+        device = jax.devices(default)[0] if isinstance(default, str) else default
+        backend = device.platform
     capability, sms = getattr(device, "compute_capability", "unknown"), getattr(device, "core_count", None)
     return Target(backend, getattr(device, "device_kind", "unknown"), str(capability), sms or 0)
 
