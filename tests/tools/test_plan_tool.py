@@ -218,7 +218,7 @@ def test_the_page_is_whole_and_needs_nothing_else(tmp_path, capsys):
     assert widths[: len(shares)] == pytest.approx([100 * share for share in shares], abs=1e-3), (
         "the limit is the whole bar"
     )
-    assert sum(widths[7:]) == pytest.approx(100, abs=0.01), "and a step's parts are all of it"
+    assert sum(widths[len(shares) :]) == pytest.approx(100, abs=0.01), "and a step's parts are all of it"
 
 
 def test_a_page_that_cannot_be_written_is_one_line(tmp_path, capsys):
