@@ -143,7 +143,7 @@ def test_bad_operands_say_what_would_be_valid():
         block_scaled_matmul(a, b, out_dtype=jnp.float16)
     with pytest.raises(ValueError, match="not float8_e4m3fn and bfloat16"):
         block_scaled_matmul(Quantized(a.codes, a.scales.astype(jnp.bfloat16), ROW), b)
-    with pytest.raises(ValueError, match="it has dequantize, reference, 14_bits"):
+    with pytest.raises(ValueError, match="it has mosaic_gpu, dequantize, reference, 14_bits"):
         block_scaled_matmul(a, b, implementation="cudnn")
     for match, call in {
         "codes": lambda: block_scaled_matmul(Quantized(a.codes.astype(jnp.int8), a.scales, ROW), b),

@@ -37,6 +37,7 @@ CHANGES = {
     "microbatch_rows": ({"parallel": ParallelConfig(microbatch_rows=3)}, 3),
     "schedule": ({"parallel": ParallelConfig(schedule="zb_h1")}, "zb_h1"),
     "chunks": ({"parallel": ParallelConfig(chunks=3)}, 3),
+    "put_off": ({"parallel": ParallelConfig(put_off=1)}, 1),
     "overlap": ({"parallel": ParallelConfig(overlap="steady")}, "steady"),
     "recompute": ({"parallel": ParallelConfig(recompute="full")}, "full"),
     "unroll_layers": ({"parallel": ParallelConfig(unroll_layers=2)}, 2),
