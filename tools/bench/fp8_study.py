@@ -262,8 +262,7 @@ def main(argv: Sequence[str]) -> int:
     print(text)
     if _WRITE.value:
         RESULT.write_text(text)
-        for suffix in ("png", "svg"):
-            RESULT.with_suffix(f".{suffix}").write_bytes((workdir / f"fp8_study.{suffix}").read_bytes())
+        RESULT.with_suffix(".png").write_bytes((workdir / "fp8_study.png").read_bytes())
     return 0
 
 
