@@ -14,7 +14,7 @@ EXTRAS := dev$(if $(PARITY),$(comma)parity)
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: help venv quickstart test test-all test-aot aot-golden lint format clean
+.PHONY: help venv quickstart test test-all test-aot kernels aot-golden lint format clean
 
 help:  ## show this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,11 @@ test-all: $(VENV)/.test$(PARITY)  ## every test
 # On the CPU platform: nothing looks for a GPU.
 test-aot: $(VENV)/.cuda  ## the kernels, compiled for Hopper without a GPU; installs jax's CUDA wheels (GBs)
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m aot $(ARGS)
+
+kernels: $(VENV)/.cuda  ## print what the compiler makes of every kernel at every size, without a GPU
+	@for tool in kernels_aot "kernels_aot --out_dtype=float32" kernels_aot_grouped kernels_aot_quantize kernels_aot_experts; do \
+	  JAX_PLATFORMS=cpu $(BIN)/python -m tools.$$tool || exit 1; echo; \
+	done
 
 aot-golden: $(VENV)/.cuda  ## train steps compiled for 16 to 2048 GPUs, against the kept ones; 20 minutes
 	JAX_PLATFORMS=cpu $(BIN)/python -m tools.aot_golden $(ARGS)
