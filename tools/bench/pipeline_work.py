@@ -3,6 +3,10 @@
 Every case is a compiled step in a process of its own, and the processes take turns. In one process they would leave
 holes of different sizes in one heap, which then grows from step to step; that the kernel clears new pages would count
 as the schedule's work, and takes longer than what sets schedules apart.
+
+The devices of a case share a core, and each runs until it waits for another. Were they to take turns of the few
+milliseconds that a kernel gives by itself, each would find its numbers evicted from the caches by the others; devices
+of a real machine do not do that to each other. Seconds of a trace are processor time then too, but those of exchanges.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -22,6 +27,17 @@ from typing import Any
 
 from experiments.run import keep_freed_memory, prepare_environment, prepare_for_stages
 from tools.bench.pipeline_cases import lowered, make_trainer, model_of
+
+# Steps that are not timed: in the first ones the heap grows.
+WARM_UP = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Seconds:
+    """Processor time of a step: `all`, and what of it the kernel of the system took, most of it for new pages."""
+
+    all: float
+    kernel: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +74,7 @@ def measure_work(
       ranks: of the pipeline.
       schedules: their names.
       overlaps: how steady ticks are run; each schedule is run in each of these ways.
-      turns: timed ones of each case, after one that is not.
+      turns: timed ones of each case, after `WARM_UP` that are not.
       start: starts the process of a case (`Case` as JSON), which runs `take_steps`, with pipes to it and from it.
     """
     from deepseek_jax.parallel.pipeline.generators import GENERATORS
@@ -80,7 +96,7 @@ def _measure_group(ranks: int, stages: int, cases: Sequence[Case], turns: int, s
         rows, seen = [], []
         for case in cases:
             with Worker(case, start) as worker:
-                taken = [(alone.step(), sharing.step(), worker.step()) for _ in range(1 + turns)][1:]
+                taken = [(alone.step(), sharing.step(), worker.step()) for _ in range(WARM_UP + turns)][WARM_UP:]
                 rows.append(_row(case, [turn[2] for turn in taken], taken) | worker.traced())
             seen += taken
         first = _row(base, [turn[0] for turn in seen], seen) | alone.traced()
@@ -88,11 +104,13 @@ def _measure_group(ranks: int, stages: int, cases: Sequence[Case], turns: int, s
     return [row | {"times_flops": row["flops"] / first["flops"]} for row in (first, second, *rows)]
 
 
-def _row(case: Case, own: Sequence[float], turns: Sequence[tuple[float, ...]]) -> dict:
+def _row(case: Case, own: Sequence[Seconds], turns: Sequence[tuple[Seconds, ...]]) -> dict:
     """`own` are the seconds of the case's steps, and each turn begins with those of the two baselines."""
-    times = [statistics.median(one / turn[i] for one, turn in zip(own, turns, strict=True)) for i in (0, 1)]
+    times = [statistics.median(one.all / turn[i].all for one, turn in zip(own, turns, strict=True)) for i in (0, 1)]
     of = {"case": case.name, "ranks": case.ranks, "rows": case.rows}
-    return of | {"processor": statistics.median(own), "times_base": times[0], "times_shared": times[1]}
+    of |= {"processor": statistics.median(one.all for one in own)}
+    of |= {"kernel": statistics.median(one.kernel for one in own)}
+    return of | {"times_base": times[0], "times_shared": times[1]}
 
 
 class Worker:
@@ -108,9 +126,9 @@ class Worker:
         self._process.kill()
         self._process.wait()
 
-    def step(self) -> float:
+    def step(self) -> Seconds:
         """Processor seconds of one step."""
-        return self._ask("step")
+        return Seconds(**self._ask("step"))
 
     def traced(self) -> dict:
         """FLOPs and seconds by kind of one step more."""
@@ -144,15 +162,26 @@ def take_steps(case: Case, *, recompute: str, tokens: int, traces: str | None) -
     # After compiling, which profits from more.
     share_one_core()
     for line in sys.stdin:
-        print(json.dumps(run.step() if line == "step\n" else run.traced(traces)), flush=True)
+        print(json.dumps(dataclasses.asdict(run.step()) if line == "step\n" else run.traced(traces)), flush=True)
 
 
 def share_one_core() -> None:
-    """Puts every thread of this process on one core, where the system can."""
-    if hasattr(os, "sched_setaffinity"):
-        core = {min(os.sched_getaffinity(0))}
-        for thread in os.listdir("/proc/self/task"):
-            os.sched_setaffinity(int(thread), core)
+    """Puts every thread of this process on one core, each until it waits, where the system can and the user may."""
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    core, until_it_waits = {min(os.sched_getaffinity(0))}, may_run_until_it_waits()
+    for thread in os.listdir("/proc/self/task"):
+        os.sched_setaffinity(int(thread), core)
+        if until_it_waits:
+            os.sched_setscheduler(int(thread), os.SCHED_FIFO, os.sched_param(1))
+
+
+def may_run_until_it_waits() -> bool:
+    """Whether threads may have SCHED_FIFO, which mostly the superuser may give them."""
+    if not hasattr(os, "sched_setscheduler"):
+        return False
+    asked = "import os; os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))"
+    return subprocess.run([sys.executable, "-c", asked], stderr=subprocess.DEVNULL, check=False).returncode == 0
 
 
 class Run:
@@ -179,13 +208,15 @@ class Run:
         scalars = Hyperparameters(*(np.float32(x) for x in (1e-4, 0.3, 0.001)))
         self.hyper = jax.device_put(scalars, NamedSharding(trainer.mesh, jax.P()))
 
-    def step(self) -> float:
+    def step(self) -> Seconds:
         """Processor seconds of one step."""
         import jax
 
-        begin = time.process_time()
+        begin = resource.getrusage(resource.RUSAGE_SELF)
         self.state, _ = jax.block_until_ready(self.compiled(self.state, self.batch, self.hyper))
-        return time.process_time() - begin
+        end = resource.getrusage(resource.RUSAGE_SELF)
+        kernel = end.ru_stime - begin.ru_stime
+        return Seconds(end.ru_utime - begin.ru_utime + kernel, kernel)
 
     def traced(self, traces: str | None) -> dict:
         """FLOPs and seconds by kind of work of one more step."""
