@@ -27,6 +27,7 @@ from deepseek_jax.paths import local_path, write_aside
 from deepseek_jax.planning.calibration import deepseek_figures, system_figures
 from deepseek_jax.planning.devices import Device, find_device, with_price
 from deepseek_jax.planning.job import Execution, Job, with_device_count
+from deepseek_jax.planning.pauses import STORAGE, Pauses, checkpoint_seconds, evaluation_seconds
 from deepseek_jax.planning.plan import Plan, Segment, make_plan
 from deepseek_jax.planning.schedules import compare_schedules, crossover
 from deepseek_jax.planning.search import Search, remedies, search, settings, smallest_that_fits
@@ -70,9 +71,27 @@ def course_of(experiment: Experiment) -> tuple[Segment, ...]:
     return tuple(Segment(tokens, rows) for rows, tokens in found.items())
 
 
-def document(plan: Plan, course: Sequence[Segment]) -> dict[str, Any]:
+def pauses_of(experiment: Experiment, plan: Plan, course: Sequence[Segment], storage: float) -> Pauses:
+    """What the recipe's run does besides its steps, where a node writes so many bytes a second."""
+    steps = round(sum(one.tokens / (one.rows * plan.job.length) for one in course))
+    evaluation, every = experiment.evaluation, experiment.checkpoint.every_steps
+    average = experiment.moving_average is not None  # it is evaluated too
+    return Pauses(
+        evaluations=steps // evaluation.every_steps if counts_evaluations(experiment) else 0,
+        evaluation_seconds=evaluation_seconds(plan, evaluation.max_bytes or 0, evaluation.batch_rows) * (1 + average),
+        checkpoints=steps // every,
+        checkpoint_seconds=checkpoint_seconds(plan, every, storage=storage, average=average),
+    )
+
+
+def counts_evaluations(experiment: Experiment) -> bool:
+    """Whether the recipe says how much text the evaluations of a run read."""
+    return experiment.evaluation.every_steps > 0 and experiment.evaluation.max_bytes is not None
+
+
+def document(plan: Plan, course: Sequence[Segment], pauses: Pauses) -> dict[str, Any]:
     """A plan for programs. Seconds, bytes, dollars."""
-    cost = plan.cost(course)
+    cost = plan.cost(course, pauses.seconds)
     return {
         "layout": list(settings(plan.job)),
         "devices": plan.job.devices,
@@ -83,7 +102,7 @@ def document(plan: Plan, course: Sequence[Segment]) -> dict[str, Any]:
         "step": dataclasses.asdict(plan.step) | {"total": plan.step.total},
         "tokens_per_second_per_device": plan.tokens_per_second,
         "mfu": {"causal": plan.mfu(), "full": plan.mfu(causal=False)},
-        "run": dataclasses.asdict(cost),
+        "run": dataclasses.asdict(cost) | {"pauses": dataclasses.asdict(pauses)},
     }
 
 
@@ -99,12 +118,13 @@ def _calibration(as_json: bool) -> str:
 
 
 def _search(
-    job: Job, device: Device, count: int, course: Sequence[Segment], options: argparse.Namespace
+    job: Job, device: Device, count: int, experiment: Experiment, options: argparse.Namespace
 ) -> tuple[str, int]:
     found: Search = search(job, device, count, top=options.top, seconds=options.seconds)
     code = 0 if found.best else 1
     if options.json:
-        best = [document(plan, course) for plan in found.best]
+        course, storage = course_of(experiment), options.storage * 1e9
+        best = [document(plan, course, pauses_of(experiment, plan, course, storage)) for plan in found.best]
         spare = device.usable_memory
         lacking = [{"layout": list(settings(one)), "lacks": memory.total - spare} for one, memory in found.nearest]
         return json.dumps(
@@ -116,12 +136,13 @@ def _search(
 
 def _plan(job: Job, device: Device, count: int | None, experiment: Experiment, options: argparse.Namespace) -> str:
     plan, course = make_plan(job, device, count), course_of(experiment)
-    as_json = json.dumps(document(plan, course), indent=1)
+    pauses = pauses_of(experiment, plan, course, options.storage * 1e9)
+    as_json = json.dumps(document(plan, course, pauses), indent=1)
     if options.json and not options.html:
         return as_json
     fixes = () if plan.fits else remedies(job, device)
     larger = None if plan.fits or fixes else smallest_that_fits(job, device, job.devices)
-    text = plan_text.plan_report(options.recipe, plan, plan.cost(course), fixes, larger)
+    text = plan_text.plan_report(options.recipe, plan, plan.cost(course, pauses.seconds), pauses, fixes, larger)
     if options.html:
         write_aside(local_path(options.html, "the page"), plan_page.page(options.recipe, plan, text))
     if options.json:
@@ -141,7 +162,7 @@ def run(options: argparse.Namespace) -> tuple[str, int]:
     if options.measure:
         names = [options.recipe] if options.recipe else list(_MEASURED)
         recipes = {name: override_all(find_recipe(name)(), options.set) for name in names}
-        return plan_measure.report(*plan_measure.measure(recipes)), 0
+        return plan_measure.report(plan_measure.measure(recipes)), 0
     if options.calibration:
         return _calibration(options.json), 0
     if options.recipe is None:
@@ -149,6 +170,7 @@ def run(options: argparse.Namespace) -> tuple[str, int]:
             "name a recipe, as with --recipe v3.pretrain; python -m experiments.run --list has all of them"
         )
     require(options.gpus is None or options.gpus > 0, f"--gpus is how many there are, not {options.gpus}")
+    require(options.storage > 0, f"--storage is GB that a node writes in a second, not {options.storage:g}")
     device = with_price(find_device(options.gpu), options.price)
     experiment = override_all(find_recipe(options.recipe)(), options.set)
     if options.search:
@@ -156,7 +178,7 @@ def run(options: argparse.Namespace) -> tuple[str, int]:
         # Any layout will do: none of it is kept.
         parallel = dataclasses.replace(experiment.parallel, pipe=1, data=1, node=1, expert=1, layers_per_stage=None)
         job = job_of(dataclasses.replace(experiment, parallel=parallel), None, options.execution)
-        return _search(job, device, count, course_of(experiment), options)
+        return _search(job, device, count, experiment, options)
     job = job_of(experiment, options.gpus, options.execution)
     return _plan(job, device, options.gpus, experiment, options), 0
 
@@ -170,6 +192,13 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--gpus", type=int, metavar="N", help="how many; default: what the recipe's mesh has")
     found.add_argument("--gpu", default="h200", metavar="NAME", help="which, of planning/devices.py; default h200")
     found.add_argument("--price", type=float, metavar="$", help="of a GPU and hour; default: the device table's")
+    found.add_argument(
+        "--storage",
+        type=float,
+        default=STORAGE / 1e9,
+        metavar="GB/S",
+        help="what a node writes of a checkpoint in a second; default 2",
+    )
     found.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="change a value of the recipe")
     found.add_argument(
         "--execution",

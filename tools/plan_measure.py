@@ -1,7 +1,7 @@
 """Planned against measured: a train step of the small recipes on this machine's processor, for `tools.plan --measure`.
 
-One device on one thread, and processor time, not the clock: other work on the machine then changes little. The rates
-come from microbenchmarks of single operations, made just before; none of them is a train step.
+One device on one thread, and processor time, not the clock: other work on the machine then changes little. Plans
+are made from microbenchmarks of single operations (`plan_operations.py`), none of which is a train step.
 """
 
 from __future__ import annotations
@@ -10,22 +10,20 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Mapping, MutableMapping, Sequence
 
 import numpy as np
 
-from deepseek_jax.planning.devices import CPU, Device
-from deepseek_jax.planning.efficiency import ProductRow, fit_products
+from deepseek_jax.planning.devices import Device
+from deepseek_jax.planning.efficiency import Pass
 from deepseek_jax.planning.job import Job
 from deepseek_jax.planning.plan import step_time
 from deepseek_jax.training.experiment import Experiment
+from tools.plan_operations import measured_device
 from tools.plan_text import table
 
 GOAL = 0.25
 """What a plan may be wrong by."""
-SHAPES = ((2048, 192, 192), (2048, 192, 512), (2048, 512, 192), (2048, 96, 288), (2048, 64, 384), (2048, 192, 1024))
-"""(rows, K, N) of products: those of a tiny model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +35,8 @@ class Measured:
     """Seconds."""
     seconds: float
     """Of processor time, median."""
+    device: Device
+    """With the operations that were measured for the plan."""
 
     @property
     def error(self) -> float:
@@ -50,74 +50,21 @@ def one_thread(environment: MutableMapping[str, str]) -> None:
     environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
 
 
-def measure(recipes: Mapping[str, Experiment], *, steps: int = 7) -> tuple[tuple[Measured, ...], Device]:
-    """Each recipe's step on one device, planned and measured, and the rates that the plans were made with."""
+def measure(recipes: Mapping[str, Experiment], *, steps: int = 7) -> tuple[Measured, ...]:
+    """Each recipe's step on one device, planned and measured."""
     one_thread(os.environ)
     from experiments.run import keep_freed_memory
 
     keep_freed_memory()
-    device = microbenchmarks()
     found = []
     for name, experiment in recipes.items():
-        planned = step_time(_job(experiment), device).total
-        found.append(Measured(name, planned, _step_seconds(experiment, steps)))
-    return tuple(found), device
+        job = job_on_one_device(experiment)
+        device = measured_device(job, experiment.optimizer)
+        found.append(Measured(name, step_time(job, device).total, _step_seconds(experiment, steps), device))
+    return tuple(found)
 
 
-def microbenchmarks() -> Device:
-    """This processor's rates: products, weight gradients, attention both ways, and passes over memory."""
-    import jax
-    import jax.numpy as jnp
-
-    from deepseek_jax import ops
-    from deepseek_jax.ops.linear import transposed
-
-    rng = np.random.default_rng(0)
-
-    def array(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
-
-    table = []
-    for rows, inputs, outputs in SHAPES:
-        seconds = _seconds(jax.jit(jnp.dot), array(rows, inputs), array(inputs, outputs))
-        table.append(ProductRow(rows, outputs, inputs, 2 * rows * inputs * outputs / seconds))
-    rate, half = fit_products(table)
-
-    x, dy = array(2048, 192), array(2048, 512)
-    gradient = jax.jit(lambda x, dy: transposed(x) @ dy)
-    weights = 2 * 2048 * 192 * 512 / _seconds(gradient, x, dy)
-
-    q, k, v = array(8, 256, 6, 48), array(8, 256, 6, 48), array(8, 256, 6, 32)
-    causal = 2.0 * 8 * 6 * 256 * 256 / 2 * (48 + 32)
-
-    def attention(q, k, v):
-        return ops.attention(q, k, v, scale=48**-0.5)
-
-    def both_ways(q, k, v):
-        out, back = jax.vjp(attention, q, k, v)
-        return back(out)
-
-    forward = _seconds(jax.jit(attention), q, k, v)
-    backward = _seconds(jax.jit(both_ways), q, k, v) - forward
-
-    def norm(x):
-        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
-
-    memory = 2 * x.nbytes / _seconds(jax.jit(norm), x)
-    efficiency = dataclasses.replace(
-        CPU.efficiency,
-        products=1.0,
-        half_inputs=max(half, 0.0),
-        weight_gradients=weights / rate,
-        attention_forward=causal / forward / rate,
-        attention_backward=2.5 * causal / backward / rate,
-        memory=1.0,
-        sources={"all": "microbenchmarks on this machine, processor time of one thread"},
-    )
-    return dataclasses.replace(CPU, flops={"float32": rate}, memory_bandwidth=memory, efficiency=efficiency)
-
-
-def report(found: Sequence[Measured], device: Device) -> str:
+def report(found: Sequence[Measured]) -> str:
     """For people."""
     rows = [
         (
@@ -130,20 +77,25 @@ def report(found: Sequence[Measured], device: Device) -> str:
         for one in found
     ]
     head = ("recipe", "planned, s", "measured, s", "error of the plan", f"goal of {GOAL:.0%}")
-    efficiency = device.efficiency
-    return "\n".join(
-        [
-            table(head, rows, left=(0, 4)),
-            "",
-            "Processor time of a step on one thread. Rates, measured just before: "
-            f"{device.peak('float32') / 1e9:.0f} GFLOP/s of a long product, weight gradients at "
-            f"{efficiency.weight_gradients:.0%} of it, attention at {efficiency.attention_forward:.0%} and "
-            f"{efficiency.attention_backward:.0%}, {device.memory_bandwidth / 1e9:.1f} GB/s of elementwise work.",
-        ]
-    )
+    lines = [table(head, rows, left=(0, 4)), "", "Processor time of a step on one thread. Single operations, measured:"]
+    return "\n".join([*lines, "", _operations(found)])
 
 
-def _job(experiment: Experiment) -> Job:
+def _operations(found: Sequence[Measured]) -> str:
+    """Milliseconds of each operation, all passes of it together."""
+    names = dict.fromkeys(name for one in found for name, _ in one.device.efficiency.measured)
+    passes: tuple[Pass, ...] = ("F", "B", "W")
+
+    def cell(one: Measured, name: str) -> str:
+        measured = one.device.efficiency.measured
+        return " ".join(f"{1e3 * measured[name, of]:.2f}" if (name, of) in measured else "–" for of in passes)
+
+    head = ("operation, ms of F B W", *(one.recipe for one in found))
+    return table(head, [(name, *(cell(one, name) for one in found)) for name in names], left=(0,))
+
+
+def job_on_one_device(experiment: Experiment) -> Job:
+    """A recipe's step, with even routing."""
     schedule = experiment.schedule
     return Job(
         model=experiment.model,
@@ -151,30 +103,9 @@ def _job(experiment: Experiment) -> Job:
         precision=experiment.precision,
         length=experiment.data.sequence_length,
         rows=schedule.rows(0),
-        moment_bytes=4,
+        moment_bytes={"float32": 4, "bfloat16": 2}[experiment.optimizer.moment_dtype],
         imbalance=1.0,
     )
-
-
-def _seconds(function: Callable[..., Any], *arguments: Any, repeats: int = 15) -> float:
-    """Processor time of one call, median; each measures several calls, for a clock of milliseconds."""
-    import jax
-
-    jax.block_until_ready(function(*arguments))
-    calls = 1
-    while True:
-        start = time.process_time()
-        jax.block_until_ready([function(*arguments) for _ in range(calls)])
-        if time.process_time() - start > 0.02:
-            break
-        calls *= 2
-    found = []
-    for _ in range(repeats):
-        start = time.process_time()
-        for _ in range(calls):
-            jax.block_until_ready(function(*arguments))
-        found.append((time.process_time() - start) / calls)
-    return statistics.median(found)
 
 
 def _step_seconds(experiment: Experiment, steps: int) -> float:

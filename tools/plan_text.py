@@ -11,6 +11,7 @@ from deepseek_jax.planning.devices import Device
 from deepseek_jax.planning.flops import backward_flops, forward_flops, training_flops_per_token
 from deepseek_jax.planning.job import Job
 from deepseek_jax.planning.parameters import active_parameters, total_parameters
+from deepseek_jax.planning.pauses import Pauses
 from deepseek_jax.planning.plan import Cost, Plan
 from deepseek_jax.planning.schedules import Compared, Crossover, describe
 from deepseek_jax.planning.search import Remedy, Search, settings
@@ -37,13 +38,16 @@ STEP_PARTS = {
 }
 
 
-def plan_report(recipe: str, plan: Plan, cost: Cost, fixes: Sequence[Remedy], larger: Job | None) -> str:
+def plan_report(
+    recipe: str, plan: Plan, cost: Cost, pauses: Pauses, fixes: Sequence[Remedy], larger: Job | None
+) -> str:
     """A plan for people.
 
     Args:
       recipe: its name.
       plan: of it.
       cost: of the whole run.
+      pauses: what of it are not steps.
       fixes: changes that make it fit, where it does not.
       larger: a job on more devices that fits, where no few changes do.
     """
@@ -53,7 +57,7 @@ def plan_report(recipe: str, plan: Plan, cost: Cost, fixes: Sequence[Remedy], la
         _memory(plan, fixes, larger),
         _step(plan),
         _sent(plan),
-        _run(plan, cost),
+        _run(plan, cost, pauses),
         _sources(plan),
     ]
     return "\n\n".join(parts)
@@ -150,12 +154,18 @@ def _sent(plan: Plan) -> str:
     return "\n".join(lines) if len(lines) > 1 else "A device sends nothing."
 
 
-def _run(plan: Plan, cost: Cost) -> str:
+def _run(plan: Plan, cost: Cost, pauses: Pauses) -> str:
     money = "" if cost.dollars is None else f", ${cost.dollars:,.0f} at ${plan.device.price:g} an hour"
-    return (
-        f"The run: {cost.tokens / 1e9:,.0f}B tokens in {cost.hours / 24:,.3g} days, {cost.gpu_hours:,.0f} GPU hours"
-        f"{money}; growing batches are counted, evaluations, checkpoints and failures are not"
-    )
+    took = f"{cost.hours / 24:,.3g} days, {cost.gpu_hours:,.0f} GPU hours{money}"
+    lines = [f"The run: {cost.tokens / 1e9:,.0f}B tokens in {took}"]
+    for count, name, each in (
+        (pauses.evaluations, "evaluations", pauses.evaluation_seconds),
+        (pauses.checkpoints, "checkpoints", pauses.checkpoint_seconds),
+    ):
+        share = f"{count:,} {name}: {each:.2g} s each, {count * each / 3600 / cost.hours:.2%} of it"
+        lines.append(f"  {share if count else f'no {name} on the way are counted'}")
+    lines.append("  growing batches are counted; the evaluation and the checkpoint at the end, and failures, are not")
+    return "\n".join(lines)
 
 
 def _sources(plan: Plan) -> str:

@@ -18,6 +18,7 @@ from deepseek_jax.model.transformer import Transformer
 from deepseek_jax.parallel.pipeline.choice import SUFFIX
 from deepseek_jax.planning.flops import attention_matmuls
 from deepseek_jax.planning.job import Job
+from deepseek_jax.planning.kept import kept_bytes, routed_rows
 from deepseek_jax.planning.memory import layer_bytes, step_memory
 from deepseek_jax.planning.pipeline_memory import StageBytes, pipeline_memory
 from deepseek_jax.planning.stages import place_once
@@ -213,7 +214,7 @@ def _of_one_stage(job: Job) -> DeviceMemory:
     copied = job.width != 4 or job.is_fp8 or gathered
     elsewhere = 0.0
     if split > 1:
-        elsewhere = _kept(job, dense=False) - _kept(job, dense=False, room=1.0, elsewhere=False)
+        elsewhere = kept_bytes(job, dense=False) - kept_bytes(job, dense=False, room=1.0, elsewhere=False)
     extra = job.tokens * elsewhere * (job.model.num_moe_layers if job.parallel.recompute != "full" else 1)
     found = {
         "masters": masters,
@@ -242,7 +243,7 @@ def stage_bytes(job: Job) -> StageBytes:
     if full:
         kept = (dense + moe + 1) * width * a
     else:
-        kept = dense * _kept(job, dense=True) + moe * _kept(job, dense=False) + 3 * mtp * width * a
+        kept = dense * kept_bytes(job, dense=True) + moe * kept_bytes(job, dense=False) + 3 * mtp * width * a
     stash = dense * _put_off(job, dense=True) + moe * _put_off(job, dense=False) + mtp * 5 * width * a
     return StageBytes(
         x=streams * tokens * width * a,
@@ -257,47 +258,6 @@ def stage_bytes(job: Job) -> StageBytes:
     )
 
 
-def _rows(job: Job) -> float:
-    """Rows that a device has room for, per token."""
-    room = job.parallel.capacity if job.parallel.node * job.parallel.expert > 1 else 1.0
-    return room * job.model.moe.experts_per_token
-
-
-def _kept(job: Job, *, dense: bool, room: float | None = None, elsewhere: bool = True) -> float:
-    """Bytes per token that a layer keeps from its forward to its backward pass.
-
-    Args:
-      job: the layout; its recomputation is not "full".
-      dense: which kind of layer.
-      room: for routed rows, as a multiple of what balanced routing needs; default: the recipe's.
-      elsewhere: whether experts are on other devices, so that what came from there is kept.
-    """
-    moe, width = job.model.moe, job.model.hidden_size
-    code = 1 + 4 / 128 if job.is_fp8 else job.width
-    rows = _rows(job) if room is None else room * moe.experts_per_token
-    if job.parallel.recompute == "none":
-        return _kept_whole(job, rows, dense=dense)
-    kept = layer_bytes(job.model, dense, True, job.width, job.is_fp8)
-    if dense:
-        return kept
-    kept += (rows - moe.experts_per_token) * 2 * moe.expert_ffn_size * code
-    return kept + (rows * width * code if elsewhere else 0.0)
-
-
-def _kept_whole(job: Job, rows: float, *, dense: bool) -> float:
-    """The same where nothing is computed again: norms keep three float32 arrays of each input, SwiGLU six of its own.
-    In FP8 it is less by what linear layers then keep in codes; that is not counted."""
-    moe, attention, width, a = job.model.moe, job.model.attention, job.model.hidden_size, job.width
-    latents = (attention.q_lora_rank or 0) + attention.kv_lora_rank
-    norms = 3 * 4 * (2 * width + latents) + (3 * width + latents) * a
-    core = attention.num_heads * ((2 * attention.qk_head_dim + 3 * attention.v_head_dim) * a + 4)
-    if dense:
-        return norms + core + 6 * job.model.dense_ffn_size * a
-    shared = 6 * moe.num_shared_experts * moe.expert_ffn_size * a
-    routed = rows * (width * a + moe.expert_ffn_size * (6 * a + 4))
-    return norms + core + width * (4 + a) + shared + routed + (8 + moe.experts_per_token) * moe.num_experts
-
-
 def _put_off(job: Job, *, dense: bool) -> float:
     """Bytes per token that the input gradients of a layer leave for its weight gradients: gradients of outputs, and
     inputs that are computed again."""
@@ -305,7 +265,7 @@ def _put_off(job: Job, *, dense: bool) -> float:
     code = 1 + 4 / 128 if job.is_fp8 else a
     outputs = sum(one.outputs for one in attention_matmuls(job.model))
     found = (outputs + width) * code
-    rows = _rows(job)
+    rows = routed_rows(job)
     shared = moe.num_shared_experts * moe.expert_ffn_size
     if dense:
         found += job.model.dense_ffn_size * a
@@ -322,5 +282,5 @@ def _put_off(job: Job, *, dense: bool) -> float:
 def _layer_at_work(job: Job) -> float:
     """Bytes of what one layer computes besides what it keeps, and lets go."""
     layer = layer_bytes(job.model, job.model.num_moe_layers == 0, False, job.width, False)
-    rows = _rows(job) - job.model.moe.experts_per_token
+    rows = routed_rows(job) - job.model.moe.experts_per_token
     return job.tokens * (layer + rows * (2 * job.model.hidden_size + 3 * job.model.moe.expert_ffn_size) * job.width)

@@ -37,6 +37,8 @@ class Device:
     protocol."""
     network_bandwidth: float
     """Bytes that a device sends to other nodes."""
+    host_bandwidth: float
+    """Bytes that a device copies to its host's memory, as specified."""
     devices_per_node: int
     price: float | None
     """US dollars for an hour; None: nobody rents it out."""
@@ -65,6 +67,8 @@ class Device:
 
 
 _HOPPER: dict[Dtype, float] = {"float32": 494.7e12, "bfloat16": 989.4e12, "float8": 1978.9e12}
+_PCIE_5 = 63e9
+"""PCIe 5.0 with 16 lanes, one direction."""
 _NETWORK = 50e9
 """One NIC of 400 Gb/s for each device: DeepSeek-V3's cluster (tech report, section 3.1), and taken for all others."""
 
@@ -75,6 +79,7 @@ H800 = Device(
     memory_bandwidth=3.35e12,
     node_bandwidth=160e9,
     network_bandwidth=_NETWORK,
+    host_bandwidth=_PCIE_5,
     devices_per_node=8,
     price=2.0,
     efficiency=HOPPER,
@@ -103,6 +108,7 @@ B200 = Device(
     memory_bandwidth=7.7e12,
     node_bandwidth=720e9,
     network_bandwidth=_NETWORK,
+    host_bandwidth=_PCIE_5,
     devices_per_node=8,
     price=6.03,
     efficiency=BLACKWELL,
@@ -115,10 +121,12 @@ GB200 = dataclasses.replace(
     memory=186e9,
     flops={"float32": 1250e12, "bfloat16": 2500e12, "float8": 5000e12},
     memory_bandwidth=8e12,
+    host_bandwidth=225e9,
     devices_per_node=72,
     price=4.54,
-    source="NVIDIA's data sheet of GB200 NVL72 (dense): 2.5 and 5 PFLOP/s, 186 GB, 8 TB/s, 72 devices on one NVLink; "
-    "price: half of a superchip's, on demand at one cloud, 17 March 2026",
+    source="NVIDIA's data sheet of GB200 NVL72 (dense): 2.5 and 5 PFLOP/s, 186 GB, 8 TB/s, 72 devices on one NVLink, "
+    "900 GB/s in both directions between a Grace and its two GPUs; price: half of a superchip's, on demand at one "
+    "cloud, 17 March 2026",
 )
 CPU = Device(
     name="cpu",
@@ -127,12 +135,14 @@ CPU = Device(
     memory_bandwidth=38e9,
     node_bandwidth=5e9,
     network_bandwidth=1e9,
+    host_bandwidth=19e9,
     devices_per_node=2,
     price=None,
     efficiency=CPU_EFFICIENCY,
     overlaps=False,
     source="one core of an Intel Xeon (family 6, model 167): the best of float32 products of 1024 to 2048 rows, and "
-    "adding 1 to 1 MB, measured on 27 November 2026 with jax 0.10.2 beside other load; links are guesses",
+    "adding 1 to 1 MB, measured on 27 November 2026 with jax 0.10.2 beside other load; links are guesses, and a copy "
+    "to the host is one within memory",
     reserved=1e9,
 )
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+Pass = Literal["F", "B", "W"]
+"""Forward, input gradients with what is recomputed for them, weight gradients."""
 
 
 class ProductRow(NamedTuple):
@@ -48,7 +51,7 @@ def fit_products(table: Iterable[ProductRow]) -> tuple[float, float]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Efficiency:
-    """Shares of peaks that are reached. Each field's source is in `sources`."""
+    """Shares of peaks that are reached. The source of each is in `sources`."""
 
     products: float
     """Of the peak of any dtype: a long product."""
@@ -70,6 +73,12 @@ class Efficiency:
     """Of either: gathers and sums of whole weights."""
     exchange_units: float
     """The share of a device's compute units that exchanges take from what runs beside them."""
+    loops_copy: bool = False
+    """Whether a loop over layers copies what a layer keeps for its backward pass, and its weights, into and out of
+    arrays of all layers, as on XLA's CPU backend. On a GPU kernels read and write them there."""
+    measured: Mapping[tuple[str, Pass], float] = dataclasses.field(default_factory=dict, hash=False)
+    """Seconds of operations that were measured in the shapes of one job, by name and pass: for plans of that job, in
+    place of what rates give."""
     sources: Mapping[str, str] = dataclasses.field(hash=False)
 
     def product_rate(self, peak: float, fp8_peak: float, inputs: int) -> float:
@@ -138,5 +147,6 @@ CPU = Efficiency(
     network=1.0,
     collectives=1.0,
     exchange_units=0.0,
+    loops_copy=True,
     sources={"all": "guesses: `tools.plan --measure` measures them"},
 )

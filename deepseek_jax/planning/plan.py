@@ -92,9 +92,10 @@ class Plan:
         """Model FLOPs utilisation, of the peak in the compute dtype."""
         return self.flops_per_second(mtp=mtp, causal=causal) / self.device.peak(self.job.precision.compute)
 
-    def cost(self, course: Sequence[Segment]) -> Cost:
-        """Of a run whose batches may grow."""
+    def cost(self, course: Sequence[Segment], paused: float = 0.0) -> Cost:
+        """Of a run whose batches may grow, and which does something else for `paused` seconds."""
         seconds = sum(one.tokens / (one.rows * self.job.length) * self._step_seconds(one.rows) for one in course)
+        seconds += paused
         gpu_hours = seconds / 3600 * self.job.devices
         price = self.device.price
         tokens = sum(one.tokens for one in course)
@@ -161,11 +162,15 @@ def step_seconds(job: Job, device: Device, microbatches: int) -> float:
 
 def ends_of_step(job: Job, device: Device) -> tuple[float, float]:
     """Seconds of (weights and gradients between devices, the optimizer's update)."""
-    efficiency = device.efficiency
-    dense, experts = owned(job)
-    weights = weight_seconds(job, device, dense, experts)
-    zero = job.parallel.zero
-    held = dense / (job.parallel.batch_shards if zero else 1) + experts / (job.parallel.data if zero else 1)
+    weights = weight_seconds(job, device, *owned(job))
     # Weight and moments are read and written, the gradient is read.
-    moved = held * (3 * 4 + 4 * job.moment_bytes)
-    return weights, moved / (device.memory_bandwidth * efficiency.memory)
+    moved = held_parameters(job) * (3 * 4 + 4 * job.moment_bytes)
+    update = moved / (device.memory_bandwidth * device.efficiency.memory)
+    return weights, device.efficiency.measured.get(("optimizer", "W"), update)
+
+
+def held_parameters(job: Job) -> float:
+    """How many a device updates: its part of masters and moments."""
+    dense, experts = owned(job)
+    zero = job.parallel.zero
+    return dense / (job.parallel.batch_shards if zero else 1) + experts / (job.parallel.data if zero else 1)

@@ -1,8 +1,9 @@
 """How long one layer, or one end of the model, takes on one device: the sum of its operations, each by its roofline.
 
 An operation takes as long as its FLOPs at the rate that its kind reaches (`efficiency.py`), or as its bytes at the rate
-of the memory, whichever is longer. What a fused kernel need not write is not counted; norms, rotary embeddings, SwiGLU,
-quantisation and the sorting of rows for experts are passes of their own over memory, and counted as bytes alone.
+of the memory, whichever is longer; where it was measured, as long as that. What a fused kernel need not write is not
+counted; norms, rotary embeddings, SwiGLU, quantisation and the sorting of rows for experts are passes of their own over
+memory, and counted as bytes alone.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from deepseek_jax.planning.devices import Device
-from deepseek_jax.planning.efficiency import Efficiency
+from deepseek_jax.planning.efficiency import Efficiency, Pass
 from deepseek_jax.planning.flops import (
     Matmul,
     attention_core,
@@ -23,9 +24,7 @@ from deepseek_jax.planning.flops import (
     output_head,
 )
 from deepseek_jax.planning.job import Job
-
-Pass = Literal["F", "B", "W"]
-"""Forward, input gradients with what is recomputed for them, weight gradients."""
+from deepseek_jax.planning.kept import kept_bytes
 
 GROUP_ROWS = 128
 """Groups of rows for experts start at multiples of it: half of it is lost for each, on average."""
@@ -74,9 +73,30 @@ class Roofline:
             ops += [one._replace(name=f"{one.name} again", of="B", flops=0.0) for one in ops if one.of == "F"]
         return tuple(ops)
 
+    def copies(self, *, dense: bool) -> tuple[Op, ...]:
+        """What a layer in a loop over layers has besides: the room for what it keeps is set to zero, and that is copied
+        in and out; weights are copied out for either pass, their gradients copied in."""
+        if not self.efficiency.loops_copy or self.job.parallel.pipe > 1:  # the pipeline works on layers where they lie
+            return ()
+        job, model = self.job, self.job.model
+        full = job.parallel.recompute == "full"
+        kept = job.tokens * (model.hidden_size * job.width if full else kept_bytes(job, dense=dense))
+        matmuls = (*attention_matmuls(model), *ffn_matmuls(model, dense=dense))
+        weights = job.width * sum(self._matrices_held(one) * one.inputs * one.outputs for one in matmuls)
+        passes: tuple[tuple[str, Pass, float], ...] = (
+            ("stacking what is kept", "F", 3 * kept),
+            ("stacking what is kept", "B", 2 * kept),
+            *(("slicing weights", of, 2 * weights) for of in ("F", "B", "W")),
+        )
+        return tuple(self._moved(name, "elementwise", of, size) for name, of, size in passes)
+
+    def embedding(self) -> tuple[Op, ...]:
+        """The lookup of a microbatch's tokens and its gradient."""
+        return self._only_measured("embedding")
+
     def mtp_join(self) -> tuple[Op, ...]:
         """What an MTP module has besides its layer and its head."""
-        return tuple(self._matmuls((mtp_projection(self.job.model),)))
+        return (*self._matmuls((mtp_projection(self.job.model),)), *self._only_measured("mtp norms"))
 
     def head(self) -> tuple[Op, ...]:
         """The output head with its loss, once."""
@@ -84,7 +104,15 @@ class Roofline:
         logits = self.job.tokens * config.vocab_size * self.job.width
         ops = list(self._matmuls((output_head(config),)))
         ops += [self._moved("loss", "output head", of, 2 * logits) for of in ("F", "B")]
-        return tuple(ops)
+        return (*ops, *self._only_measured("final norm"))
+
+    def _op(self, name: str, module: str, of: Pass, seconds: float, flops: float = 0.0) -> Op:
+        return Op(name, module, of, self.efficiency.measured.get((name, of), seconds), flops)
+
+    def _only_measured(self, name: str) -> tuple[Op, ...]:
+        """An operation that matters on CPUs alone: there where it was measured."""
+        passes: tuple[Pass, ...] = ("F", "B")
+        return tuple(self._op(name, name, of, 0.0) for of in passes if (name, of) in self.efficiency.measured)
 
     def _matmuls(self, matmuls: Iterable[Matmul]) -> Iterable[Op]:
         job, device = self.job, self.device
@@ -99,7 +127,7 @@ class Roofline:
             def product(of: Pass, rate: float, moved: float, again: str = "", one=one, flops=flops) -> Op:
                 counted = 0.0 if again else job.tokens * one.flops
                 seconds = max(flops / rate, moved / self._memory)
-                return Op(one.name + again, one.module, of, seconds, counted)
+                return self._op(one.name + again, one.module, of, seconds, counted)
 
             forward_rate = device.product_rate(dtype, one.inputs)
             read = rows * one.inputs * operand + held * operand
@@ -138,14 +166,14 @@ class Roofline:
         numbers = job.tokens * attention.num_heads * (2 * attention.qk_head_dim + 2 * attention.v_head_dim)
         moved = numbers * job.width / self._memory
         forward = flops / (peak * self.efficiency.attention_forward)
-        yield Op("attention", "attention", "F", max(forward, moved), flops)
+        yield self._op("attention", "attention", "F", max(forward, moved), flops)
         backward = 2.5 * flops / (peak * self.efficiency.attention_backward)
-        yield Op("attention", "attention", "B", max(backward, 2 * moved), 2 * flops)
+        yield self._op("attention", "attention", "B", max(backward, 2 * moved), 2 * flops)
 
     # --- passes over memory -------------------------------------------------------------------------------------------
 
     def _moved(self, name: str, module: str, of: Pass, size: float) -> Op:
-        return Op(name, module, of, size / self._memory, 0.0)
+        return self._op(name, module, of, size / self._memory)
 
     def _passes_over_memory(self, dense: bool) -> Iterable[Op]:
         """Bytes per token of everything but products and attention, as passes that read and write memory."""
@@ -175,8 +203,9 @@ class Roofline:
         a, again = job.width, job.parallel.recompute == "selective"
         visits = moe.experts_per_token * job.busiest
         hidden = job.model.dense_ffn_size if dense else (moe.num_shared_experts + visits) * moe.expert_ffn_size
-        yield "SwiGLU", "F", 3 * hidden * a  # gate and up read, their product written
-        yield "SwiGLU", "B", 5 * hidden * a + (3 * hidden * a if again else 0)  # and dy read, two gradients written
+        swiglu = "dense SwiGLU" if dense else "SwiGLU"
+        yield swiglu, "F", 3 * hidden * a  # gate and up read, their product written
+        yield swiglu, "B", 5 * hidden * a + (3 * hidden * a if again else 0)  # and dy read, two gradients written
         if dense:
             return
         # Rows are sorted by expert as they come (read and written), and their outputs summed.

@@ -87,6 +87,17 @@ class Stages:
         return compute + StageTime(0.0, 0.0, 0.0, there_and_back, there_and_back + again)
 
     @functools.cached_property
+    def copies(self) -> tuple[StageTime, StageTime]:
+        """Of a dense and of an MoE layer, where layers are in a loop."""
+        dense, moe = (_stage_time(self.roofline.copies(dense=dense)) for dense in (True, False))
+        return dense, moe
+
+    @functools.cached_property
+    def embedding(self) -> StageTime:
+        """Of the lookup of tokens."""
+        return _stage_time(self.roofline.embedding())
+
+    @functools.cached_property
     def mtp(self) -> StageTime:
         """Of an MTP module, without its head."""
         return self.moe + _stage_time(self.roofline.mtp_join())
@@ -98,7 +109,15 @@ class Stages:
 
     def time(self, layers: StageLayers) -> StageTime:
         """Of a stage."""
-        parts = (self.dense, layers.dense), (self.moe, layers.moe), (self.mtp, layers.mtp), (self.head, layers.heads)
+        each = self.job.model.mtp_depth + 1
+        parts = [
+            *((self.dense, layers.dense), (self.moe, layers.moe), (self.mtp, layers.mtp)),
+            *((self.head, layers.heads), (self.embedding, layers.heads / each)),
+        ]
+        looped = max(1, self.job.parallel.unroll_layers)  # more of them than that are in a loop
+        for copies, count in zip(self.copies, (layers.dense, layers.moe), strict=True):
+            if count > looped:
+                parts.append((copies, count))
         return sum((one.times(count) for one, count in parts), start=NOTHING)
 
     @functools.cached_property

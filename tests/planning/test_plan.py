@@ -16,16 +16,16 @@ from deepseek_jax.planning.calibration import (
     extension_job,
     system_figures,
 )
-from deepseek_jax.planning.devices import GB200, H200, H800
+from deepseek_jax.planning.devices import CPU, GB200, H200, H800
 from deepseek_jax.planning.flops import forward_flops, training_flops_per_token
 from deepseek_jax.planning.job import Job, with_device_count
 from deepseek_jax.planning.parameters import active_parameters, total_parameters
-from deepseek_jax.planning.plan import Segment, cell_times, make_plan
+from deepseek_jax.planning.plan import Segment, cell_times, make_plan, step_time
 from deepseek_jax.planning.roofline import Roofline
 from deepseek_jax.planning.schedules import compare_schedules, crossover, describe
-from deepseek_jax.planning.stages import Stages, StageTime
+from deepseek_jax.planning.stages import StageLayers, Stages, StageTime
 from deepseek_jax.planning.timeline import compose
-from deepseek_jax.precision.policy import BF16, V3_FP8
+from deepseek_jax.precision.policy import BF16, FLOAT32, V3_FP8
 
 FOUR_OR_MORE = dataclasses.replace(zoo.tiny(), num_layers=8)
 
@@ -280,3 +280,36 @@ def test_published_figures_agree_with_each_other():
 def test_an_extension_has_as_many_tokens_a_step_as_pre_training():
     assert all(rows * length == ROWS * 4096 for length, rows in ((32_768, 1920), (131_072, 480)))
     assert extension_job(131_072, 480).model.attention.yarn is not None
+
+
+def test_a_loop_over_layers_copies_on_a_cpu():
+    """What layers keep and their weights: on CPUs, where layers are more than one, not unrolled, and in no pipeline."""
+
+    def layers_cost(device, model=FOUR_OR_MORE, **parallel):
+        job = Job(model=model, parallel=ParallelConfig(**parallel), precision=FLOAT32, length=64, rows=8)
+        stages = Stages(Roofline(job, device))
+        two, one = (stages.time(StageLayers(0, count, 0, 0.0)).total for count in (2, 1))
+        return two / one
+
+    assert layers_cost(CPU) > 2.05
+    assert layers_cost(H800) == pytest.approx(2)
+    assert layers_cost(CPU, unroll_layers=8) == pytest.approx(2)
+    assert layers_cost(CPU, pipe=2, schedule="one_f_one_b", microbatch_rows=1) == pytest.approx(2)
+
+
+def test_measured_seconds_stand_in_place_of_rates():
+    job = Job(model=zoo.tiny(), parallel=ParallelConfig(), precision=FLOAT32, length=64, rows=2)
+
+    def seconds(**measured):
+        of = {tuple(key.split("__")): value for key, value in measured.items()}
+        device = dataclasses.replace(CPU, efficiency=dataclasses.replace(CPU.efficiency, measured=of))
+        roofline = Roofline(job, device)
+        ops = (*roofline.layer(dense=False), *roofline.mtp_join(), *roofline.embedding())
+        return {(op.name, op.of): op.seconds for op in ops}, step_time(job, device).total
+
+    plain, total = seconds()
+    other, longer = seconds(SwiGLU__F=1.0, q_b__W=2.0, embedding__B=3.0, optimizer__W=100.0)
+    changed = {key: value for key, value in other.items() if value != plain.get(key)}
+    assert changed == {("SwiGLU", "F"): 1.0, ("q_b", "W"): 2.0, ("embedding", "B"): 3.0}
+    # Four MoE layers have SwiGLU, MTP's among them, five layers q_b; one lookup, one update.
+    assert longer - total == pytest.approx(4 * 1.0 + 5 * 2.0 + 3.0 + 100.0, rel=1e-3)

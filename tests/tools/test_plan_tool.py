@@ -65,6 +65,23 @@ def test_a_price_and_the_growing_batch_are_counted(capsys):
     assert "at $1.25 an hour" in printed(capsys, *V3, "--gpu", "h200", "--price", "1.25")
 
 
+def test_evaluations_and_checkpoints_are_in_the_run(capsys):
+    """Every 1000 steps of 4 MB, twice because of the moving average, and every 500; a slow disk holds training up."""
+    arguments = [*V3, "--gpu", "h800", "--gpus", "2048"]
+    text = printed(capsys, *arguments)
+    assert re.search(r"\d+ evaluations: \d+(\.\d+)? s each", text)
+    assert re.search(r"\d+ checkpoints: 0\.0\d+ s each", text)
+    assert "no evaluations on the way are counted" in printed(capsys, *arguments, "--set", "evaluation.max_bytes=none")
+    run = json.loads(printed(capsys, *arguments, "--json"))["run"]
+    slow = json.loads(printed(capsys, *arguments, "--json", "--storage", "0.001"))["run"]
+    more = slow["pauses"]["checkpoint_seconds"] - run["pauses"]["checkpoint_seconds"]
+    assert more > 1000
+    count = run["pauses"]["checkpoints"]
+    assert count == 2 * run["pauses"]["evaluations"] or count == 2 * run["pauses"]["evaluations"] + 1
+    assert slow["hours"] - run["hours"] == pytest.approx(count * more / 3600)
+    assert "--storage is GB" in printed(capsys, *arguments, "--storage", "0", code=2)
+
+
 def test_the_search_ranks_and_gives_the_command(capsys):
     arguments = ["--recipe", "tiny.pretrain", "--gpu", "h100", "--gpus", "4", "--search", "--top", "3"]
     text = printed(capsys, *arguments)
