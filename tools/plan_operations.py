@@ -45,14 +45,9 @@ def measured_device(job: Job, optimizer: OptimizerConfig) -> Device:
     """This processor, with the seconds that each operation of `job` takes on it, on one thread.
 
     Raises:
-      ConfigError: the job is not one of a single device in float32.
+      ConfigError: see `check_measurable`.
     """
-    require(
-        job.devices == 1 and job.precision.compute == "float32" and not job.is_fp8,
-        f"this processor is measured as one device in float32, not as {job.devices} in "
-        f"{'FP8' if job.is_fp8 else job.precision.compute}: name another recipe, or --set its parallel axes to 1 and "
-        "precision=float32",
-    )
+    check_measurable(job)
     bench = Microbenchmarks(job, optimizer)
     measured = {(name, of): took for name, of, took in bench.all()}
     efficiency = dataclasses.replace(
@@ -60,6 +55,16 @@ def measured_device(job: Job, optimizer: OptimizerConfig) -> Device:
     )
     source = "this machine's processor, one thread"
     return dataclasses.replace(CPU, memory_bandwidth=bench.memory(), efficiency=efficiency, source=source)
+
+
+def check_measurable(job: Job) -> None:
+    """Raises `ConfigError` where a job is not one of a single device in float32."""
+    require(
+        job.devices == 1 and job.precision.compute == "float32" and not job.is_fp8,
+        f"this processor is measured as one device in float32, not as {job.devices} in "
+        f"{'FP8' if job.is_fp8 else job.precision.compute}: name another recipe, or --set its parallel axes to 1 and "
+        "precision=float32",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,10 +343,9 @@ def both_ways(
       function: takes `arguments` and `fixed`.
       arguments: have gradients.
       fixed: have none.
-      again: the gradient computes the function again, from its arguments; else it has what the function left.
+      again: the gradient computes the function again, from its arguments; else the function leaves it what it needs.
     """
     fixed, count = tuple(fixed), len(arguments)
-    forward = seconds(function, *arguments, *fixed)
     shapes = jax.eval_shape(function, *arguments, *fixed)
     cotangent = jax.tree.map(lambda one: jnp.full(one.shape, 0.5, one.dtype), shapes)
 
@@ -350,10 +354,9 @@ def both_ways(
 
     if again:
         gradient = seconds(lambda dy, *inputs: with_gradient(*inputs)[1](dy), cotangent, *arguments, *fixed)
-    else:
-        _, back = jax.jit(with_gradient)(*arguments, *fixed)
-        gradient = seconds(lambda back, dy: back(dy), back, cotangent)
-    return forward, gradient
+        return seconds(function, *arguments, *fixed), gradient
+    _, back = jax.jit(with_gradient)(*arguments, *fixed)
+    return seconds(with_gradient, *arguments, *fixed), seconds(lambda back, dy: back(dy), back, cotangent)
 
 
 def seconds(function: Callable[..., Any], *arguments: Any, sets: int | None = None) -> float:
