@@ -4,13 +4,14 @@ Every case is a compiled step in a process of its own, and the processes take tu
 holes of different sizes in one heap, which then grows from step to step; that the kernel clears new pages would count
 as the schedule's work, and takes longer than what sets schedules apart.
 
-The devices of a case share a core, and each runs until it waits for another. Were they to take turns of the few
-milliseconds that a kernel gives by itself, each would find its numbers evicted from the caches by the others; devices
-of a real machine do not do that to each other. Seconds of a trace are processor time then too, but those of exchanges.
+The devices of a case share a core, and each runs until it waits for another, where the user may ask for that
+(SCHED_FIFO). Were they to take turns of the few milliseconds that a kernel gives by itself, each would find its numbers
+evicted from the caches by the others; devices of a real machine do not do that to each other.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -28,8 +29,8 @@ from typing import Any
 from experiments.run import keep_freed_memory, prepare_environment, prepare_for_stages
 from tools.bench.pipeline_cases import lowered, make_trainer, model_of
 
-# Steps that are not timed: in the first ones the heap grows.
 WARM_UP = 3
+"""Steps that are not timed: in the first ones the heap grows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,9 +172,10 @@ def share_one_core() -> None:
         return
     core, until_it_waits = {min(os.sched_getaffinity(0))}, may_run_until_it_waits()
     for thread in os.listdir("/proc/self/task"):
-        os.sched_setaffinity(int(thread), core)
-        if until_it_waits:
-            os.sched_setscheduler(int(thread), os.SCHED_FIFO, os.sched_param(1))
+        with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+            os.sched_setaffinity(int(thread), core)
+            if until_it_waits:
+                os.sched_setscheduler(int(thread), os.SCHED_FIFO, os.sched_param(1))
 
 
 def may_run_until_it_waits() -> bool:

@@ -16,7 +16,8 @@ def read_trace(folder: Path, program: CompiledProgram) -> dict:
     """FLOPs of the matrix products that ran, on all devices, and seconds by kind of work, most first.
 
     An instruction's own time is counted, without that of what it runs. Devices that share a core wait for it inside
-    their operations, so seconds are shares of the time rather than processor time.
+    their operations, so seconds are shares of the time rather than processor time; where each runs until it waits, only
+    those of exchanges are.
     """
     seconds, counts = _times(folder)
     found = {one.name: (here, one) for here in program.computations.values() for one in here.instructions}
