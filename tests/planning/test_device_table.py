@@ -59,7 +59,8 @@ def test_in_bf16_a_kernels_ends_are_as_long_and_its_products_twice():
 
 
 def test_rates_never_exceed_peaks():
-    shares = (field.name for field in dataclasses.fields(HOPPER) if field.name not in ("half_inputs", "sources"))
+    others = ("half_inputs", "loops_copy", "measured", "sources")
+    shares = (field.name for field in dataclasses.fields(HOPPER) if field.name not in others)
     for name in shares:
         assert all(0 <= getattr(one.efficiency, name) <= 1 for one in DEVICES.values()), name
     assert len(DEVICES) == len({one.name for one in DEVICES.values()})
