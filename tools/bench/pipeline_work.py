@@ -69,7 +69,8 @@ def measure_work(
 ) -> list[dict]:
     """A row for each case: processor seconds of a step, as many times those of its baselines, and what a trace counted.
 
-    In a turn the sequential step, that on data ranks and the case take one step each; times are medians over turns.
+    In a turn the sequential step, that on data ranks and the case take one step each; times are medians over turns, and
+    those of the least steps.
 
     Args:
       ranks: of the pipeline.
@@ -111,6 +112,9 @@ def _row(case: Case, own: Sequence[Seconds], turns: Sequence[tuple[Seconds, ...]
     of = {"case": case.name, "ranks": case.ranks, "rows": case.rows}
     of |= {"processor": statistics.median(one.all for one in own)}
     of |= {"kernel": statistics.median(one.kernel for one in own)}
+    # What else happens on a machine only adds, so the least are nearest to the work, if there are enough turns.
+    least = [min(one.all for one in own) / min(turn[i].all for turn in turns) for i in (0, 1)]
+    of |= {"least_base": least[0], "least_shared": least[1]}
     return of | {"times_base": times[0], "times_shared": times[1]}
 
 
