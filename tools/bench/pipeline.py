@@ -124,7 +124,8 @@ def report_work() -> str:
             lines.append(
                 f"| {ranks} | {row['rows']} | {row['case']} | {row['processor']:.2f} | {row['kernel']:.2f} "
                 f"| {row['times_base']:.3f} ({row['least_base']:.3f}) "
-                f"| {row['times_shared']:.3f} ({row['least_shared']:.3f}) | {row['flops'] / 1e9:.1f} | {row['times_flops']:.3f} | {kinds} |"
+                f"| {row['times_shared']:.3f} ({row['least_shared']:.3f}) "
+                f"| {row['flops'] / 1e9:.1f} | {row['times_flops']:.3f} | {kinds} |"
             )
     return "\n".join([*lines, ""])
 
