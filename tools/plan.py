@@ -26,7 +26,7 @@ from deepseek_jax.config_io import override_all
 from deepseek_jax.paths import local_path, write_aside
 from deepseek_jax.planning.calibration import deepseek_figures, system_figures
 from deepseek_jax.planning.devices import Device, find_device, with_price
-from deepseek_jax.planning.job import Execution, Job, with_device_count
+from deepseek_jax.planning.job import RUNTIME_WIDTH, Execution, Job, with_device_count
 from deepseek_jax.planning.pauses import STORAGE, Pauses, checkpoint_seconds, evaluation_seconds
 from deepseek_jax.planning.plan import Plan, Segment, make_plan
 from deepseek_jax.planning.schedules import compare_schedules, crossover
@@ -55,7 +55,7 @@ def job_of(experiment: Experiment, count: int | None = None, execution: Executio
         precision=experiment.precision,
         length=experiment.data.sequence_length,
         rows=schedule.rows(schedule.total_tokens - 1),
-        moment_bytes={"float32": 4, "bfloat16": 2}[experiment.optimizer.moment_dtype],
+        moment_bytes=RUNTIME_WIDTH[experiment.optimizer.moment_dtype],
         execution=execution,
         imbalance=1.0 if experiment.force_balanced_routing else 1.04,
     )

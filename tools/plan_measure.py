@@ -16,7 +16,7 @@ import numpy as np
 
 from deepseek_jax.planning.devices import Device
 from deepseek_jax.planning.efficiency import Pass
-from deepseek_jax.planning.job import Job
+from deepseek_jax.planning.job import RUNTIME_WIDTH, Job
 from deepseek_jax.planning.plan import step_time
 from deepseek_jax.training.experiment import Experiment
 from tools.plan_operations import check_measurable, measured_device
@@ -107,7 +107,7 @@ def job_on_one_device(experiment: Experiment) -> Job:
         precision=experiment.precision,
         length=experiment.data.sequence_length,
         rows=schedule.rows(0),
-        moment_bytes={"float32": 4, "bfloat16": 2}[experiment.optimizer.moment_dtype],
+        moment_bytes=RUNTIME_WIDTH[experiment.optimizer.moment_dtype],
         imbalance=1.0,
     )
 
