@@ -1,9 +1,9 @@
 """How long one layer, or one end of the model, takes on one device: the sum of its operations, each by its roofline.
 
 An operation takes as long as its FLOPs at the rate that its kind reaches (`efficiency.py`), or as its bytes at the rate
-of the memory, whichever is longer; where it was measured, as long as that. What a fused kernel need not write is not
-counted; norms, rotary embeddings, SwiGLU, quantisation and the sorting of rows for experts are passes of their own over
-memory, and counted as bytes alone.
+of the memory, whichever is longer, and a launch; where it was measured, as long as that. What a fused kernel need not
+write is not counted; norms, rotary embeddings, SwiGLU, quantisation and the sorting of rows for experts are passes of
+their own over memory, and counted as bytes alone.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Roofline:
         return (*ops, *self._only_measured("final norm"))
 
     def _op(self, name: str, module: str, of: Pass, seconds: float, flops: float = 0.0) -> Op:
-        return Op(name, module, of, self.efficiency.measured.get((name, of), seconds), flops)
+        return Op(name, module, of, self.efficiency.measured.get((name, of), seconds + self.efficiency.launch), flops)
 
     def _only_measured(self, name: str) -> tuple[Op, ...]:
         """An operation that matters on CPUs alone: there where it was measured."""

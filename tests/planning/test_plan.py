@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections import Counter
 
 import pytest
 
@@ -24,7 +25,7 @@ from deepseek_jax.planning.plan import Segment, cell_times, make_plan, step_time
 from deepseek_jax.planning.roofline import Roofline
 from deepseek_jax.planning.schedules import compare_schedules, crossover, describe
 from deepseek_jax.planning.stages import StageLayers, Stages, StageTime
-from deepseek_jax.planning.timeline import compose
+from deepseek_jax.planning.timeline import compose, kind_of
 from deepseek_jax.precision.policy import BF16, FLOAT32, V3_FP8
 
 FOUR_OR_MORE = dataclasses.replace(zoo.tiny(), num_layers=8)
@@ -115,7 +116,7 @@ def test_gpu_hours_and_dollars(plan):
 def test_small_batches_cost_more(plan):
     """The report's ramp begins with 24 microbatches, and the bubble is as long as with 120."""
     small, large = (plan.cost([Segment(1e12, rows)]).gpu_hours for rows in (4096, ROWS))
-    assert small > 1.2 * large
+    assert small > 1.15 * large
     exact = make_plan(dataclasses.replace(plan.job, rows=4096), H800)
     assert small == pytest.approx(exact.cost([Segment(1e12, 4096)]).gpu_hours)
 
@@ -237,35 +238,55 @@ def test_schedules_are_compared_and_refused():
 
 # --- beside published runs --------------------------------------------------------------------------------------------
 
-FIRST_PREDICTED = {
-    "1F: forward alone": 1.015,
-    "1B: backward alone": 1.511,
-    "1W: put-off weight gradients": 0.296,
-    "1F1B: forward beside backward": 11.213,
-    "bubble": 2.202,
-    "optimizer": 0.350,
-    "a step": 16.586,
+PREDICTED = {
+    "1F: forward alone": (1.015, 1.092),
+    "1B: backward alone": (1.511, 1.623),
+    "1W: put-off weight gradients": (0.296, 0.353),
+    "1F1B: forward beside backward": (11.213, 12.649),
+    "bubble": (2.202, 2.484),
+    "optimizer": (0.350, 0.376),
+    "a step": (16.586, 18.578),
 }
-"""Seconds, as the planner first had them. A change of the model that moves them is a change of a prediction after its
-answer was known: say so in docs/planner.md."""
+"""Seconds, as the planner first had them, and with the rates that were chosen when those had missed. A change of the
+model that moves them is a change of a prediction after its answer was known: say so in docs/planner.md."""
 
 
 def test_predictions_are_those_that_were_made():
     figures = {one.of: one for one in deepseek_figures()}
-    for of, seconds in FIRST_PREDICTED.items():
-        assert figures[of].ours == pytest.approx(seconds, rel=2e-3), of
+    for of, (first, second) in PREDICTED.items():
+        assert figures[of].first == pytest.approx(first, rel=2e-3), of
+        assert figures[of].ours == pytest.approx(second, rel=2e-3), of
         assert figures[of].role == "prediction"
+
+
+def test_a_launch_is_time_of_every_operation():
+    """Two microseconds of each, and nothing else changes."""
+    slower = dataclasses.replace(H800, efficiency=dataclasses.replace(H800.efficiency, launch=1.0))
+    without = dataclasses.replace(H800, efficiency=dataclasses.replace(H800.efficiency, launch=0.0))
+    pairs = [Roofline(deepseek_job(), device).layer(dense=False) for device in (slower, without)]
+    assert [op.seconds for op in pairs[0]] == pytest.approx([1 + op.seconds for op in pairs[1]])
+
+
+def test_parts_of_a_step_differ_between_ranks():
+    """docs/planner.md: rank h has 23 - h passes alone, 15 - h weight gradients and 97 + h pairs."""
+    schedule = deepseek_job().parallel.schedule_choice.make(120)
+    for rank in range(16):
+        h = min(rank, 15 - rank)
+        apart = h == 7  # the middle ranks begin with a pair that does not overlap
+        found = Counter(kind_of(cell) for cell in schedule.cells[rank])
+        assert found == {"F": 23 - h + apart, "B": 23 - h + apart, "W": 15 - h, "F&B": 97 + h - apart}
 
 
 def test_every_figure_says_what_it_is():
     """Inputs are no predictions, a prediction has an error, and misses are called misses."""
     for one in (*deepseek_figures(), *system_figures()):
-        assert (one.error is not None) == (one.role == "prediction")
+        assert (one.error is not None) == (one.first_error is not None) == (one.role == "prediction")
         if one.error is not None:
             assert one.is_met == (abs(one.error) <= one.goal)
+            assert one.first_is_met == (abs(one.first_error) <= one.goal)
     step = next(one for one in deepseek_figures() if one.of == "a step")
     assert step.published == 19.926
-    assert not step.is_met
+    assert (step.first_is_met, step.is_met) == (False, True)
 
 
 def test_published_figures_agree_with_each_other():
