@@ -32,7 +32,7 @@ from deepseek_jax.config_io import override_all
 from deepseek_jax.model.targets import Microbatch
 from deepseek_jax.parallel.pipeline.tables import make_tables
 from deepseek_jax.parallel.sharding import BATCH_SPEC
-from deepseek_jax.planning.buffers import largest_buffers, read_plan
+from deepseek_jax.planning.buffers import largest_buffers, lost_between, read_plan
 from deepseek_jax.planning.compiled import (
     CompiledProgram,
     collective_bytes,
@@ -174,6 +174,8 @@ class StepReport:
     results: int
     """Besides those that lie where arguments did."""
     temporaries: int
+    lost: int | None
+    """Of the temporaries, what no array has even when they have most. None: the compiler did not say."""
     collectives: dict[str, tuple[int, float]]
     """Of each kind how many stand in the program, and the bytes of their results in a step, at most."""
     largest: list[tuple[int, str, str]]
@@ -196,12 +198,14 @@ class StepReport:
         return self.planned.total - self.planned.lost
 
 
-def report_of(experiment: Experiment, microbatches: int, compiled, plan_of_memory: str, seconds: float) -> StepReport:
-    """Reads a compiled step of an experiment, and the compiler's plan of its memory."""
+def report_of(
+    experiment: Experiment, microbatches: int, compiled, plan_of_memory: tuple[str, str], seconds: float
+) -> StepReport:
+    """Reads a compiled step of an experiment, and the compiler's plan of its memory, as `read_plan` gives it."""
     plan, program = compiled.memory_analysis(), read_program(compiled.as_text())
     moved, counts = collective_bytes(program), count_collectives(program)
     parallel, job = experiment.parallel, job_of(experiment)
-    buffers = largest_buffers(plan_of_memory, LARGEST)
+    buffers = largest_buffers(plan_of_memory[0], LARGEST)
     made_by = {one.name: one.op_name for of in program.computations.values() for one in of.instructions if one.op_name}
     rows = microbatches * (parallel.microbatch_rows or 1) * parallel.batch_shards
     return StepReport(
@@ -211,6 +215,7 @@ def report_of(experiment: Experiment, microbatches: int, compiled, plan_of_memor
         arguments=plan.argument_size_in_bytes,
         results=plan.output_size_in_bytes - plan.alias_size_in_bytes,
         temporaries=plan.temp_size_in_bytes,
+        lost=lost_between(*plan_of_memory),
         collectives={kind: (count, moved.get(kind, 0.0)) for kind, count in counts.items()},
         largest=[(one.size, one.shape, made_by.get(one.name, one.name)) for one in buffers],
         planned=device_memory(dataclasses.replace(job, rows=rows)),
@@ -223,6 +228,7 @@ def describe(found: StepReport, usable: float) -> str:
     """For people: memory beside the plan and beside what a device has, collectives, and the largest temporaries."""
     gigabytes = [f"{size / 1e9:.2f}" for size in (found.arguments, found.results, found.temporaries, found.peak)]
     verdict = "fits" if found.peak <= usable else f"lacks {(found.peak - usable) / 1e9:.1f} GB"
+    lost = "an unknown part" if found.lost is None else f"{found.lost / 1e9:.2f}, {found.lost / found.peak:.1%},"
     parts = ", ".join(
         f"{words} {getattr(found.planned, name) / 1e9:.1f}" for name, words in MEMORY_PARTS.items() if name != "lost"
     )
@@ -235,6 +241,7 @@ def describe(found: StepReport, usable: float) -> str:
             "",
             f"A step of {found.microbatches} microbatches, GB of a device: arguments {gigabytes[0]}, results "
             f"{gigabytes[1]}, temporaries {gigabytes[2]}, together {gigabytes[3]} of {usable / 1e9:.1f}: {verdict}.",
+            f"Of the temporaries {lost} is lost between arrays.",
             f"The planner says {found.planned_step / 1e9:.2f}, {found.planned_step / found.peak - 1:+.1%}: {parts}.",
             "",
             table(("collective", "in the program", "GB of results in a step, at most"), collectives, left=(0,)),

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from deepseek_jax.planning.buffers import Buffer, largest_buffers, read_plan
+from deepseek_jax.planning.buffers import Buffer, largest_buffers, lost_between, read_plan
 from deepseek_jax.planning.compiled import read_program
 
 COMPILE = """
@@ -28,9 +28,13 @@ def test_buffers_of_a_program_have_its_names_and_share_no_bytes(tmp_path):
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=True)
     total, _, text = done.stdout.partition("\n")
     made = {one.name: one for of in read_program(text).computations.values() for one in of.instructions}
-    found = largest_buffers(read_plan(tmp_path))
+    plan, ranges = read_plan(tmp_path)
+    found = largest_buffers(plan)
     assert found[0].size == 64 * 256 * 4, "x @ v, or its gradient"
     assert 0.9 * int(total) < sum(one.size for one in found) <= int(total)
+    lost = lost_between(plan, ranges)
+    assert lost is not None
+    assert 0 <= lost < 0.1 * int(total)
     for i, one in enumerate(found):
         assert made[one.name].bytes == one.size
         assert all(one.end <= other.offset or other.end <= one.offset for other in found[:i])
@@ -64,6 +68,37 @@ def test_of_those_that_share_bytes_the_largest_is_named():
     assert wanted[0].end == 2500
 
 
+RANGES = """\
+HloLiveRange (max 9):
+  InstructionSequence:
+    0:x.1
+  BufferLiveRange:
+    x.1{}:0-9
+    small{}:1-3
+    first{}:4-6
+    large{1}:4-7
+    last.3{}:7-8
+  Live ranges at 7 (peak):
+    x.1{}: 8192 bytes (cumulative: 8192 bytes)
+"""
+
+
+def test_what_is_lost_is_what_arrays_never_have_at_once():
+    """2000 and 500 of 3000 bytes at instruction 7; arguments lie elsewhere, and two names of one place count once."""
+    assert lost_between(PLAN, RANGES) == 500
+    assert lost_between(PLAN, RANGES.replace("last.3{}:7-8", "last.3{}:8-8")) == 600, "400 and 2000"
+    named_twice = PLAN.replace(" value: <3 ", " value: <9 small.1 @0> (size=500,offset=2500): f32[125]{0}\n value: <3 ")
+    assert lost_between(named_twice, RANGES.replace("small{}", "small.1{}:7-7\n    small{}")) == 500
+
+
+def test_live_ranges_are_those_of_the_largest_program(tmp_path):
+    for name, plan in (("a", PLAN), ("b", "BufferAssignment:\n")):
+        (tmp_path / f"{name}.sm_9.0_gpu_after_optimizations-buffer-assignment.txt").write_text(plan)
+    (tmp_path / "a.sm_9.0_gpu_after_optimizations-live-range.txt").write_text(RANGES)
+    assert read_plan(tmp_path) == (PLAN, RANGES)
+
+
 def test_no_plan_is_no_buffers(tmp_path):
-    assert read_plan(tmp_path) == ""
+    assert read_plan(tmp_path) == ("", "")
     assert largest_buffers("") == []
+    assert lost_between("", "") is None
