@@ -6,8 +6,9 @@
     python -m tools.plan --calibration
     python -m tools.plan --measure
 
-Nothing is run, and no GPU is needed. Rates come from published kernel tables (`planning/efficiency.py`). How it is
-counted, and how far from published runs it comes out, is in docs/planner.md. Without --gpus the recipe's mesh is taken.
+Nothing is run, and no GPU is needed. Rates come from published kernel tables and microbenchmarks
+(`planning/efficiency.py`). How it is counted, and how far from published runs it comes out, is in docs/planner.md.
+Without --gpus the recipe's mesh is taken.
 """
 
 from __future__ import annotations

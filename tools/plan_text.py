@@ -240,28 +240,28 @@ def schedules_report(compared: Iterable[Compared], found: Crossover | None) -> s
 
 def calibration(deepseek: Iterable[Figure], systems: Iterable[Figure]) -> str:
     """Both tables."""
-    head = ("figure", "unit", "published", "first", "error", "now", "error", "what it is", "")
+    head = ("figure", "unit", "published", "first", "error", "second", "error", "what it is", "")
     parts = []
     for title, figures in (
         ("DeepSeek's own run: 2048 H800, PP16, EP64, ZeRO-1, DualPipe, FP8 (goal: 10%)", deepseek),
-        ("Other systems on DeepSeek-V3, with the same constants (goal: 20%)", systems),
+        ("Other systems on DeepSeek-V3, the same rates for all of a kind of GPU (goal: 20%)", systems),
     ):
         parts.append(f"{title}\n\n{table(head, [_figure(one) for one in figures], left=(0, 1, 7, 8))}")
     return "\n\n".join(parts)
 
 
 def _figure(one: Figure) -> tuple[str, ...]:
-    errors = ("" if error is None else f"{error:+.1%}" for error in (one.first_error, one.error))
-    first, now = ("–" if value is None else number(value) for value in (one.first, one.ours))
-    before, after = next(errors), next(errors)
-    return one.of, one.unit, number(one.published), first, before, now, after, _verdict(one), one.note
+    ours = []
+    for value, error in ((one.first, one.first_error), (one.second, one.error)):
+        ours += ["–" if value is None else number(value), "" if error is None else f"{error:+.1%}"]
+    return one.of, one.unit, number(one.published), *ours, _verdict(one), one.note
 
 
 def _verdict(one: Figure) -> str:
     if one.is_met is None:
         return one.role
-    before, after = ("met" if is_met else "missed" for is_met in (one.first_is_met, one.is_met))
-    return f"{one.role}, goal {before}, {'still' if before == after else 'now'} {after}"
+    first, second = ("met" if is_met else "missed" for is_met in (one.first_is_met, one.is_met))
+    return f"{one.role}: first {first}, second {second}"
 
 
 # --- text -----------------------------------------------------------------------------------------------------------

@@ -36,8 +36,8 @@ class Figure:
     published: float
     first: float | None
     """What the planner says with its first rates; None: it was not predicted."""
-    ours: float | None
-    """What it says now."""
+    second: float | None
+    """What it says with its second rates, those of plans."""
     role: Literal["input", "prediction", "not predicted"]
     goal: float | None = None
     """The error that a prediction may have, as a fraction."""
@@ -50,8 +50,8 @@ class Figure:
 
     @property
     def error(self) -> float | None:
-        """Ours over the published one, less 1; of predictions only."""
-        return self._error(self.ours)
+        """The second prediction over the published figure, less 1; of predictions only."""
+        return self._error(self.second)
 
     @property
     def first_is_met(self) -> bool | None:
@@ -60,11 +60,11 @@ class Figure:
 
     @property
     def is_met(self) -> bool | None:
-        """Whether the prediction is, now."""
+        """Whether the second one was."""
         return self._is_met(self.error)
 
-    def _error(self, ours: float | None) -> float | None:
-        return ours / self.published - 1 if self.role == "prediction" and ours is not None else None
+    def _error(self, predicted: float | None) -> float | None:
+        return predicted / self.published - 1 if self.role == "prediction" and predicted is not None else None
 
     def _is_met(self, error: float | None) -> bool | None:
         return None if error is None or self.goal is None else abs(error) <= self.goal
@@ -93,8 +93,8 @@ def extension_job(length: int, rows: int) -> Job:
 
 def deepseek_figures() -> tuple[Figure, ...]:
     """The run of the report: a step and its parts, utilisation, hours and money."""
-    first, now = (_Account(device) for device in (with_first_rates(H800), H800))
-    return (*_inputs(), *_step(first.plan, now.plan), *_run(first, now))
+    first, second = (_RunPrediction(device) for device in (with_first_rates(H800), H800))
+    return (*_inputs(), *_step(first.plan, second.plan), *_run(first, second))
 
 
 def _inputs() -> Iterator[Figure]:
@@ -112,8 +112,8 @@ def _inputs() -> Iterator[Figure]:
 
 def _step(*plans: Plan) -> Iterator[Figure]:
     for of, unit, published, get in _STEP:
-        first, now = map(get, plans)
-        yield Figure(of, unit, published, first, now, "prediction", 0.1)
+        first, second = map(get, plans)
+        yield Figure(of, unit, published, first, second, "prediction", 0.1)
 
 
 _STEP: tuple[tuple[str, str, float, Callable[[Plan], float]], ...] = (
@@ -132,7 +132,7 @@ _STEP: tuple[tuple[str, str, float, Callable[[Plan], float]], ...] = (
 """(figure, unit, as published in arXiv 2505.09343, ours)."""
 
 
-class _Account:
+class _RunPrediction:
     """The whole run on H800s with one set of rates; hours are thousands of GPU hours."""
 
     def __init__(self, device: Device):
@@ -153,9 +153,11 @@ class _Account:
         return plan.cost([Segment(STEPS_OF_AN_EXTENSION * rows * length, rows)]).gpu_hours
 
 
-def _run(first: _Account, now: _Account) -> Iterator[Figure]:
-    def predicted(of: str, unit: str, published: float, get: Callable[[_Account], float], note: str = "") -> Figure:
-        return Figure(of, unit, published, get(first), get(now), "prediction", 0.1, note)
+def _run(first: _RunPrediction, second: _RunPrediction) -> Iterator[Figure]:
+    def predicted(
+        of: str, unit: str, published: float, get: Callable[[_RunPrediction], float], note: str = ""
+    ) -> Figure:
+        return Figure(of, unit, published, get(first), get(second), "prediction", 0.1, note)
 
     yield predicted("GPU hours per trillion tokens", "K", 180.0, lambda one: one.trillion)
     yield predicted("pre-training, 14.8T tokens", "K GPU hours", 2664.0, lambda one: one.pretraining)
@@ -164,7 +166,7 @@ def _run(first: _Account, now: _Account) -> Iterator[Figure]:
     post = POST_TRAINING_HOURS / 1e3
     note = "its tokens are not published"
     yield Figure("post-training", "K GPU hours", post, None, None, "not predicted", note=note)
-    yield Figure("price", "$ per GPU hour", 2.0, first.device.price, now.device.price, "input")
+    yield Figure("price", "$ per GPU hour", 2.0, first.device.price, second.device.price, "input")
     note = "with the published hours of post-training; errors cancel"
     yield predicted("all of it", "M$", 5.576, lambda one: one.dollars, note)
 
@@ -217,7 +219,7 @@ SYSTEMS = (
         _system(_interleaved(8, data=2, node=8, expert=8), 8192),
         1297,
         338,
-        "TP2 taken as data parallel",
+        "338 is without tiles, with ours it is 330; TP2 taken as data parallel",
     ),
     System(
         "Megatron-Bridge 26.02, 256 B200, MXFP8, PP16 EP8",
@@ -253,17 +255,18 @@ SYSTEMS = (
     ),
 )
 """Rates, layouts and batches are the vendor's and were not reproduced (github.com/NVIDIA-NeMo/Megatron-Bridge,
-docs/performance-summary.md); that MLA's up-projections are recomputed, and that exchanges are not overlapped, is what
-its own recipes set (scripts/performance there). Routing is forced to balance."""
+docs/performance-summary.md); that MLA's up-projections are recomputed, and that exchanges are not overlapped on
+Blackwell, is what its own recipes set (scripts/performance there, f0e2c37). On an H100 recipes of that time may have
+overlapped them; here an interleaved schedule has no pairs in which they could. Routing is forced to balance."""
 
 
 def system_figures() -> tuple[Figure, ...]:
     """Tokens and FLOPs per second and GPU of each system."""
     found = []
     for one in SYSTEMS:
-        first, now = (make_plan(one.job, device) for device in (with_first_rates(one.device), one.device))
-        rates = first.tokens_per_second, now.tokens_per_second
+        first, second = (make_plan(one.job, device) for device in (with_first_rates(one.device), one.device))
+        rates = first.tokens_per_second, second.tokens_per_second
         found.append(Figure(one.name, "tokens/s", one.tokens_per_second, *rates, "prediction", 0.2, one.note))
-        flops = first.flops_per_second() / 1e12, now.flops_per_second() / 1e12
+        flops = first.flops_per_second() / 1e12, second.flops_per_second() / 1e12
         found.append(Figure("", "TFLOP/s", one.teraflops, *flops, "prediction", 0.2))
     return tuple(found)

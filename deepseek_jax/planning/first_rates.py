@@ -8,20 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from deepseek_jax.planning.devices import B200, GB200, H100, H200, H800, Device
-from deepseek_jax.planning.efficiency import Efficiency, ProductRow, fit_products
-
-DEEPGEMM_H800 = (
-    ProductRow(4096, 2112, 7168, 1058e12),
-    ProductRow(4096, 24576, 1536, 990e12),
-    ProductRow(4096, 32768, 512, 590e12),
-    ProductRow(4096, 7168, 16384, 1358e12),
-    ProductRow(4096, 4096, 7168, 1304e12),
-    ProductRow(4096, 7168, 2048, 1025e12),
-    ProductRow(8192, 4096, 7168, 1297e12, groups=4),
-    ProductRow(8192, 7168, 2048, 1099e12, groups=4),
-)
-"""DeepGEMM's first published table of FP8 products with tiles, on an H800 (github.com/deepseek-ai/DeepGEMM, 2025)."""
+from deepseek_jax.planning.devices import B200, GB200, H100, H800, Device
+from deepseek_jax.planning.efficiency import DEEPGEMM_H800, Efficiency, fit_products
 
 
 def _attention_rate(operations: float, microseconds: float) -> float:
@@ -29,7 +17,7 @@ def _attention_rate(operations: float, microseconds: float) -> float:
     return operations * 4 * 48 * 4096**2 / 2 * 2 * 128 / (microseconds * 1e-6)
 
 
-_RATE, _HALF = fit_products(DEEPGEMM_H800)
+_RATE, _HALF = fit_products(DEEPGEMM_H800[:8])  # the rows of eight groups were not at hand
 FIRST_HOPPER = Efficiency(
     products=_RATE / 1978.9e12,
     half_inputs=_HALF,
@@ -66,9 +54,9 @@ FIRST_BLACKWELL = dataclasses.replace(
     },
 )
 
-_FIRST = {one.name: FIRST_HOPPER for one in (H800, H100, H200)} | {one.name: FIRST_BLACKWELL for one in (B200, GB200)}
+_FIRST = {one.name: FIRST_HOPPER for one in (H800, H100)} | {one.name: FIRST_BLACKWELL for one in (B200, GB200)}
 
 
 def with_first_rates(device: Device) -> Device:
-    """The device with the rates that it had first."""
+    """One of the calibration's devices, H800, H100, B200 or GB200, with the rates that it had first."""
     return dataclasses.replace(device, efficiency=_FIRST[device.name])

@@ -107,7 +107,9 @@ class Roofline:
         return (*ops, *self._only_measured("final norm"))
 
     def _op(self, name: str, module: str, of: Pass, seconds: float, flops: float = 0.0) -> Op:
-        return Op(name, module, of, self.efficiency.measured.get((name, of), seconds + self.efficiency.launch), flops)
+        return Op(
+            name, module, of, self.efficiency.measured.get((name, of), seconds + self.efficiency.launch_seconds), flops
+        )
 
     def _only_measured(self, name: str) -> tuple[Op, ...]:
         """An operation that matters on CPUs alone: there where it was measured."""
