@@ -169,8 +169,9 @@ def _run(plan: Plan, cost: Cost, pauses: Pauses) -> str:
 
 
 def _sources(plan: Plan) -> str:
-    rates = plan.device.efficiency.sources.items()
-    return "\n".join([f"Device: {plan.device.source}", "Rates", *(f"  {name}: {text}" for name, text in rates)])
+    lines = [f"Device: {plan.device.source}", "Rates"]
+    lines += [f"  {name}: {text}" for name, text in plan.device.efficiency.sources.items()]
+    return "\n".join([*lines, "How far such plans are from published runs: python -m tools.plan --calibration"])
 
 
 def search_report(found: Search, device: Device, count: int, larger: Job | None) -> str:

@@ -33,7 +33,7 @@ def test_the_plan_of_the_reports_run(capsys):
     assert "260.6 G (attention causal)" in text
     assert "It does not fit" in text
     assert "fits with --set parallel.recompute=full" in text
-    for words in ("bubble", "MFU", "GPU hours", "at $2 an hour", "dispatch", "DeepGEMM"):
+    for words in ("bubble", "MFU", "GPU hours", "at $2 an hour", "dispatch", "DeepGEMM", "tools.plan --calibration"):
         assert words in text, words
 
 
