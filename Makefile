@@ -13,6 +13,8 @@ EXTRAS := dev$(if $(PARITY),$(comma)parity)
 # Each worker has its own processes and compilations: two fit two cores.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
+# For arrays of a few numbers nearly all time goes into compiling. `make test-all` compiles as a run does.
+COMPILE_QUICKLY := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 
 .PHONY: help venv quickstart test test-all test-aot kernels aot-golden lint format clean
 
@@ -29,7 +31,7 @@ quickstart: $(VENV)/.core  ## train a tiny DeepSeek-V3 on real text, evaluate it
 	$(BIN)/python -m experiments.run tiny.pretrain --workdir $(QUICKSTART) --virtual_devices $(DEVICES)
 
 test: $(VENV)/.test$(PARITY)  ## the tests that end in minutes; PARITY=1 adds those against PyTorch
-	$(PYTEST) -m "not slow and not aot" $(ARGS)
+	XLA_FLAGS="$(COMPILE_QUICKLY) $$XLA_FLAGS" $(PYTEST) -m "not slow and not aot" $(ARGS)
 
 test-all: $(VENV)/.test$(PARITY)  ## every test
 	$(PYTEST) $(ARGS)

@@ -130,6 +130,12 @@ def _cached_trainer(run: Experiment) -> Trainer:
     return quickly(_make_trainer(run))
 
 
+def compile_flags() -> str:
+    """XLA's flags that say how to compile (`make test` sets some), for processes that have devices of their own."""
+    given = os.environ.get("XLA_FLAGS", "").split()
+    return " ".join(flag for flag in given if flag.startswith(("--xla_backend_optimization", "--xla_llvm_disable")))
+
+
 def train(run: Experiment, workdir: Path, **options: Any) -> tuple[loop.RunResult, str]:
     """How a run ended, and what it printed."""
     printed = io.StringIO()

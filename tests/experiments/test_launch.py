@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from array_digest import digest
-from tiny_run import LENGTH, assert_same_arrays, checkpoint, checkpoints, records, write_texts
+from tiny_run import LENGTH, assert_same_arrays, checkpoint, checkpoints, compile_flags, records, write_texts
 
 from deepseek_jax.config_io import override_all
 from experiments import launch, run, tiny
@@ -32,7 +32,7 @@ STEPS = 12
 def environment(folder):
     """Of a process that finds the recipe `launch_recipes.small`, whose texts are in `folder`."""
     path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "experiments")))
-    settings = {"PYTHONPATH": path, "DEEPSEEK_JAX_TEST_TEXTS": str(folder / "texts")}
+    settings = {"PYTHONPATH": path, "DEEPSEEK_JAX_TEST_TEXTS": str(folder / "texts"), "XLA_FLAGS": compile_flags()}
     names = ("XLA_FLAGS", "NPROC", "JAX_PLATFORMS")
     return {name: value for name, value in os.environ.items() if name not in names} | settings
 

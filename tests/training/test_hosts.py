@@ -20,7 +20,18 @@ import pytest
 from etils import epath
 from host_children import STOPPED_AT, one_epoch, pair
 from jax.experimental import multihost_utils
-from tiny_run import after_step, checkpoint, checkpoints, experiment, kill, quick_runs, records, train, write_texts
+from tiny_run import (
+    after_step,
+    checkpoint,
+    checkpoints,
+    compile_flags,
+    experiment,
+    kill,
+    quick_runs,
+    records,
+    train,
+    write_texts,
+)
 
 from deepseek_jax.config import ConfigError
 from deepseek_jax.config_io import save_config
@@ -300,7 +311,7 @@ def two(tmp_path_factory):
         port = probe.getsockname()[1]
     here = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": f"{here.parents[1]}:{here.parent}", "JAX_PLATFORMS": "cpu"}
-    environment.pop("XLA_FLAGS", None)  # one device each
+    environment["XLA_FLAGS"] = compile_flags()  # one device each
     command = [sys.executable, str(here / "host_children.py"), str(folder), str(port)]
     outputs = [folder / f"output.{rank}.txt" for rank in range(2)]
     deadline = time.monotonic() + 600
