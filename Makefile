@@ -13,7 +13,7 @@ EXTRAS := dev$(if $(PARITY),$(comma)parity)
 # Each worker has its own processes and compilations: two fit two cores.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
-# For arrays of a few numbers nearly all time goes into compiling. `make test-all` compiles as a run does.
+# For arrays of a few numbers nearly all time goes into compiling. `make test-all` optimises all but the smallest models.
 COMPILE_QUICKLY := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 
 .PHONY: help venv quickstart test test-all test-aot kernels aot-golden lint format clean

@@ -228,7 +228,7 @@ def describe(found: StepReport, usable: float) -> str:
     """For people: memory beside the plan and beside what a device has, collectives, and the largest temporaries."""
     gigabytes = [f"{size / 1e9:.2f}" for size in (found.arguments, found.results, found.temporaries, found.peak)]
     verdict = "fits" if found.peak <= usable else f"lacks {(found.peak - usable) / 1e9:.1f} GB"
-    lost = "an unknown part" if found.lost is None else f"{found.lost / 1e9:.2f}, {found.lost / found.peak:.1%},"
+    lost = "an unknown part" if found.lost is None else f"{found.lost / 1e9:.2f}, {found.lost / found.temporaries:.1%},"
     parts = ", ".join(
         f"{words} {getattr(found.planned, name) / 1e9:.1f}" for name, words in MEMORY_PARTS.items() if name != "lost"
     )

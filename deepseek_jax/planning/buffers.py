@@ -13,10 +13,8 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-PLAN = "*-buffer-assignment.txt"
-"""Files with plans, one for each program."""
-RANGES = "live-range.txt"
-"""What the files beside them end in that say when arrays are alive."""
+PLAN, RANGES = "buffer-assignment", "live-range"
+"""What names of files end in, besides ".txt", that have a program's plan, and that say when its arrays are alive."""
 
 
 class Buffer(NamedTuple):
@@ -101,8 +99,8 @@ def lost_between(plan: str, ranges: str) -> int | None:
 
 def read_plan(folder: Path) -> tuple[str, str]:
     """(plan, live ranges) of the largest program of a folder that XLA wrote to; empty where there is none."""
-    plan = max(folder.glob(PLAN), key=lambda file: file.stat().st_size, default=None)
+    plan = max(folder.glob(f"*-{PLAN}.txt"), key=lambda file: file.stat().st_size, default=None)
     if plan is None:
         return "", ""
-    ranges = plan.with_name(plan.name.removesuffix(PLAN[2:]) + RANGES)
+    ranges = plan.with_name(plan.name.replace(PLAN, RANGES))
     return plan.read_text("utf-8"), ranges.read_text("utf-8") if ranges.exists() else ""
